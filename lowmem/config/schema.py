@@ -1,0 +1,286 @@
+"""The whole configuration: one frozen pydantic section per subject, a sentence under each field.
+
+A field that may be "auto" is filled by `config/defaults.py` (what follows from the data and the
+device) or by the planner (what follows from the memory); what a user wrote is never changed.
+"""
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from lowmem.units import parse_batch, parse_count
+
+Auto = Literal["auto"]
+StateFormat = Literal["fp32", "bf16", "8bit"]
+WeightFormat = Literal["fp32", "bf16"]
+UpdateMode = Literal["unfused", "fused+subspace", "fused"]
+Level = Literal["keep", "attn", "full"]
+Role = Literal["attention", "mlp"]
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+"""A positive number that may be written "1.1B" or "131k"."""
+
+Rank = PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)]
+"""A number of dimensions, or a fraction of a matrix's shorter side."""
+
+T = TypeVar("T")
+
+
+def settled(value: T | Auto) -> T:
+    """`value`, which must no longer be "auto": by now defaults and planner have filled it."""
+    if isinstance(value, str) and value == "auto":
+        raise ValueError("a setting is still 'auto' after planning")
+    return value  # "auto" has just been excluded
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RopeScaling(Section):
+    """How rotary frequencies are stretched beyond the length they were made for."""
+
+    type: Literal["linear", "llama3"]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
+
+
+class ModelConfig(Section):
+    """A LLaMA decoder, in the words of Hugging Face's `LlamaConfig`."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt = 32000
+    max_position_embeddings: PositiveInt = 2048
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: PositiveFloat = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_heads(cls, data: Any) -> Any:
+        """Key/value heads and head width follow from the rest where they are not given."""
+        if not isinstance(data, dict):
+            return data
+        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
+        filled = dict(data)
+        if filled.get("num_key_value_heads") is None:
+            filled["num_key_value_heads"] = heads
+        if filled.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int):
+            filled["head_dim"] = hidden // heads if heads else None
+        return filled
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+        return self
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, the tied head counted once."""
+        h, f, kv = self.hidden_size, self.intermediate_size, self.key_value_width
+        q = self.num_attention_heads * self.head_dim
+        attention = 2 * h * q + 2 * h * kv + (q + 2 * kv + h if self.attention_bias else 0)
+        mlp = 3 * h * f + (2 * f + h if self.mlp_bias else 0)
+        heads = 1 if self.tie_word_embeddings else 2
+        block = attention + mlp + 2 * h
+        return heads * self.vocab_size * h + self.num_hidden_layers * block + h
+
+    @property
+    def key_value_width(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+
+class DataConfig(Section):
+    """What is read, and as which tokens."""
+
+    source: str = Field(
+        default="sample",
+        description='"sample", "c4", or a path to text, JSON lines, parquet or shards',
+    )
+    tokenizer: str = Field(
+        default="auto", description="a folder or file that `tokenizers` reads, or a hub name"
+    )
+    seq_len: PositiveInt | Auto = Field(default="auto", description="tokens per sequence")
+    text_key: str = Field(
+        default="text", description="the key of a JSON line or column that holds text"
+    )
+    skip_bad: bool = Field(
+        default=False, description="count and skip unreadable lines instead of failing"
+    )
+
+
+class RestConfig(Section):
+    """Everything that is not projected: embedding, head, norms and biases."""
+
+    method: str = Field(
+        default="auto", description='a dense method; "auto" is the Adam of the main method'
+    )
+    states: StateFormat | Auto = Field(default="auto", description="as the main method's when auto")
+    options: dict[str, Any] = Field(default_factory=dict, description="its other arguments")
+
+
+class OptimizerConfig(Section):
+    """The method and its settings; keys that are not listed here are the method's own arguments."""
+
+    method: str = Field(default="auto", description="a name of `lowmem methods`")
+    lr: NonNegativeFloat | Auto = Field(default="auto", description="peak learning rate")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled, per unit of lr")
+    rank: Rank | dict[Role, Rank] | Auto = Field(
+        default="auto", description="a number, a fraction, or a table by role"
+    )
+    states: StateFormat | Auto = Field(default="auto", description="how moments are stored")
+    rest: RestConfig = Field(default_factory=RestConfig)
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="other arguments of the method, e.g. gap, scale, betas"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_options(cls, data: Any) -> Any:
+        """`gap = 200` in [optimizer] is short for `options.gap = 200`."""
+        if not isinstance(data, dict):
+            return data
+        own = {key: value for key, value in data.items() if key in cls.model_fields}
+        others = {key: value for key, value in data.items() if key not in cls.model_fields}
+        if others:
+            own["options"] = {**own.get("options", {}), **others}
+        return own
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a function of the update index."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd", "rex"] = "cosine"
+    warmup: NonNegativeInt | Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.1, description="updates, or a fraction of all updates"
+    )
+    min_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.1, description="last learning rate as a fraction of the peak"
+    )
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.2, description="wsd: the fraction of all updates in which the rate falls"
+    )
+    start: Literal["first", "zero"] = Field(
+        default="first",
+        description="zero: the first update has lr 0, as in the papers' protocol",
+    )
+
+
+class TrainConfig(Section):
+    """The budget of a run and how an update is computed."""
+
+    updates: PositiveInt | Auto = Field(default="auto", description="optimizer steps")
+    tokens: Count | None = Field(default=None, description="a budget of tokens instead of updates")
+    batch: str = Field(default="auto", description="per update: 32seq or 131k-tokens")
+    micro_batch: PositiveInt | Auto = Field(
+        default="auto", description="sequences per forward pass"
+    )
+    update: UpdateMode | Auto = Field(
+        default="auto", description="where gradients live and accumulate"
+    )
+    recompute: Level | Auto = Field(
+        default="auto",
+        description="what a block keeps for backward: all, attention's, or only its input",
+    )
+    clip: PositiveFloat | Literal["off", "auto"] = Field(
+        default="auto", description="gradient norm limit"
+    )
+    weights: WeightFormat | Auto = Field(
+        default="auto", description="format of the weights in memory"
+    )
+    seed: NonNegativeInt = Field(default=0, description="of weights, data order and rounding")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("batch")
+    @classmethod
+    def _readable_batch(cls, value: str) -> str:
+        if value != "auto":
+            parse_batch(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.tokens is not None and self.updates != "auto":
+            raise ValueError("give updates or tokens, not both")
+        return self
+
+
+class EvaluateConfig(Section):
+    """Validation during the run."""
+
+    every: NonNegativeInt | Auto = Field(
+        default="auto", description="updates between evaluations, 0 = end"
+    )
+    tokens: Count | Auto = Field(default="auto", description="validation tokens of an evaluation")
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every: NonNegativeInt | Auto = Field(
+        default="auto", description="updates between saves, 0 = end only"
+    )
+    keep: PositiveInt = Field(default=2, description="newest checkpoints to keep")
+
+
+class RunConfig(Section):
+    """Where the run's folder stands."""
+
+    name: str | None = Field(default=None, description="default: model, method and a number")
+    out: str = Field(default="runs", description="folder that holds the runs")
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and (value in ("", ".", "..") or set(value) & set("/\\\0")):
+            raise ValueError(f"{value!r} is no folder name; use letters, digits, dots and dashes")
+        return value
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    model: str | ModelConfig = Field(
+        default="auto", description="a preset, a path to a config.json, or an inline table"
+    )
+    gpu: str = Field(
+        default="auto", description='"24GB", "24GiB", a card such as rtx4090, or "auto"'
+    )
+    data: DataConfig = Field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    run: RunConfig = Field(default_factory=RunConfig)

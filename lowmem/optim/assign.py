@@ -1,0 +1,133 @@
+"""Which parameter gets which method: decided by its role, never by its shape or its name.
+
+`model/llama.py` publishes the roles. Matrices of attention and MLP get the method itself; the
+rest (embedding, head, norms, biases) gets the method's `rest`, or what the user put there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lowmem.config.schema import OptimizerConfig, UpdateMode, settled
+from lowmem.errors import ConfigError
+from lowmem.optim.method import Method, Projected
+from lowmem.optim.methods import METHODS, build_method, method_spec
+from lowmem.optim.optimizer import Optimizer
+
+PROJECTED_ROLES = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The method of one parameter. weight_decay is 0 for norms and biases."""
+
+    name: str
+    role: str
+    method: Method
+    weight_decay: float
+
+
+def takes_rank(method: str) -> bool:
+    """Has this method a rank, that is, does it project?"""
+    return "rank" in method_spec(method).arguments
+
+
+def method_options(config: OptimizerConfig, role: str = "mlp") -> dict[str, Any]:
+    """The keyword arguments of the main method for matrices of that role.
+
+    A fraction as rank stays a fraction here; `assign` multiplies it by the shorter side.
+    """
+    options: dict[str, Any] = dict(config.options)
+    if config.states != "auto":
+        options["states"] = config.states
+    if config.rank != "auto":
+        if not takes_rank(config.method):
+            raise ConfigError(
+                f"optimizer.rank = {config.rank} does not suit method {config.method!r}",
+                "it has no rank; these have: " + ", ".join(filter(takes_rank, METHODS)),
+                "leave out rank, or choose another method",
+            )
+        options["rank"] = _rank_of(config.rank, role)
+    return options
+
+
+def _rank_of(rank: Any, role: str) -> Any:
+    if not isinstance(rank, dict):
+        return rank
+    if role not in rank:
+        raise ConfigError(
+            f"optimizer.rank has no entry for {role!r}",
+            f"it has: {', '.join(rank)}",
+            f'rank = {{attention = 128, mlp = 256}}, or one number for all; add "{role}"',
+        )
+    return rank[role]
+
+
+def assign(
+    config: OptimizerConfig, weights: Mapping[str, Tensor], roles: Mapping[str, str]
+) -> list[Assignment]:
+    """One assignment per weight, in the order of `weights`. ConfigError for unsuitable options."""
+    rest = _rest(config)
+    return [
+        Assignment(
+            name,
+            roles[name],
+            _method_for(config, weight, roles[name], rest),
+            0.0 if roles[name] in ("norm", "bias") else config.weight_decay,
+        )
+        for name, weight in weights.items()
+    ]
+
+
+def _method_for(config: OptimizerConfig, weight: Tensor, role: str, rest: Method) -> Method:
+    group = role.partition(".")[0]
+    if group not in PROJECTED_ROLES:
+        return rest
+    options = method_options(config, group)
+    if isinstance(options.get("rank"), float):
+        options["rank"] = max(1, round(options["rank"] * min(weight.shape)))
+    return build_method(config.method, options)
+
+
+def _rest(config: OptimizerConfig) -> Method:
+    """What updates embedding, head, norms and biases."""
+    if config.rest.method == "auto":
+        options = method_options(config)
+        options = {k: v for k, v in options.items() if k != "rank"}
+        if config.rest.states != "auto":
+            options["states"] = config.rest.states
+        method = build_method(config.method, options | config.rest.options)
+        return method.rest if isinstance(method, Projected) else method
+    if takes_rank(config.rest.method):
+        raise ConfigError(
+            f"optimizer.rest.method = {config.rest.method!r} projects",
+            "embedding, head and norms need a dense method: "
+            + ", ".join(name for name in METHODS if not takes_rank(name)),
+            'rest.method = "adamw"',
+        )
+    own = {} if config.rest.states == "auto" else {"states": config.rest.states}
+    return build_method(config.rest.method, own | config.rest.options)
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    weights: Mapping[str, Tensor],
+    roles: Mapping[str, str],
+    *,
+    mode: UpdateMode,
+    seed: int,
+) -> Optimizer:
+    """The optimizer of a model, with all its state allocated on the weights' devices."""
+    optimizer = Optimizer(mode, seed)
+    for item in assign(config, weights, roles):
+        optimizer.add(item.name, weights[item.name], item.method, item.weight_decay)
+    return optimizer
+
+
+def learning_rate(config: OptimizerConfig, parameters: int) -> float:
+    """The peak learning rate: what the user gave, or what the method's sheet says."""
+    if config.lr != "auto":
+        return settled(config.lr)
+    return method_spec(config.method).learning_rate(parameters)

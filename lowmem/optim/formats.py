@@ -1,0 +1,134 @@
+"""How a state tensor is stored: float32, bfloat16, or blockwise 8-bit.
+
+    FORMATS["8bit"].zeros(state, "exp_avg", like=low, signed=True)
+        -> state["exp_avg.codes"], state["exp_avg.absmax"]
+    piece = format.load(state, "exp_avg", slice(0, 1024))    # float32, 1024 elements
+    piece.mul_(0.9)
+    format.store(state, "exp_avg", slice(0, 1024), piece)
+
+Slices are of the flattened tensor and begin at multiples of 256 elements.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.kernels.blockwise import BLOCK, block_count, dequantize, quantize
+from lowmem.kernels.rounding import stochastic_round
+from lowmem.naming import seed_of
+
+State = dict[str, Tensor | int | float]
+"""All that varies of one parameter's method: flat, plain, stable names; nothing else ever."""
+
+
+def tensor(state: State, key: str) -> Tensor:
+    """The tensor under `key`; a number there is a programming error."""
+    value = state[key]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"state {key!r} is {type(value).__name__}, not a tensor")
+    return value
+
+
+def number(state: State, key: str) -> int:
+    """The integer under `key`."""
+    value = state[key]
+    if not isinstance(value, int):
+        raise TypeError(f"state {key!r} is {type(value).__name__}, not an integer")
+    return value
+
+
+class Format(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def zeros(self, state: State, key: str, like: Tensor, signed: bool) -> None:
+        """Allocate a state tensor of like's shape on its device, filled with zero."""
+
+    def load(self, state: State, key: str, piece: slice) -> Tensor:
+        """That piece as float32, to be changed in place and given back to `store`."""
+
+    def store(self, state: State, key: str, piece: slice, value: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Float32:
+    name: str = "fp32"
+
+    def zeros(self, state: State, key: str, like: Tensor, signed: bool) -> None:
+        state[key] = torch.zeros_like(like, dtype=torch.float32)
+
+    def load(self, state: State, key: str, piece: slice) -> Tensor:
+        return tensor(state, key).view(-1)[piece]
+
+    def store(self, state: State, key: str, piece: slice, value: Tensor) -> None:
+        """Nothing to do: `load` gave a view."""
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """Written with stochastic rounding: bf16 * 0.999 rounds back to itself, so a second moment
+    that is rounded to nearest never decays."""
+
+    name: str = "bf16"
+
+    def zeros(self, state: State, key: str, like: Tensor, signed: bool) -> None:
+        state[key] = torch.zeros_like(like, dtype=torch.bfloat16)
+
+    def load(self, state: State, key: str, piece: slice) -> Tensor:
+        return tensor(state, key).view(-1)[piece].float()
+
+    def store(self, state: State, key: str, piece: slice, value: Tensor) -> None:
+        seed = seed_of(number(state, "seed"), key, number(state, "step"))
+        tensor(state, key).view(-1)[piece] = stochastic_round(value, seed, piece.start)
+
+
+@dataclass(frozen=True)
+class Blockwise8:
+    """8-bit codes with a scale per 256 elements; tensors below `min_elements` stay float32.
+
+    floor_codes: a positive second moment is never stored as zero (see `kernels/blockwise.py`).
+    """
+
+    min_elements: int = 4096
+    floor_codes: bool = True
+    name: str = "8bit"
+
+    def zeros(self, state: State, key: str, like: Tensor, signed: bool) -> None:
+        if like.numel() < self.min_elements:
+            return Float32().zeros(state, key, like, signed)
+        # The code of 0.0 is 127 in the signed map, 0 in the other.
+        state[f"{key}.codes"] = torch.full_like(like, 127 if signed else 0, dtype=torch.uint8)
+        state[f"{key}.absmax"] = torch.zeros(
+            block_count(like.numel()), dtype=torch.float32, device=like.device
+        )
+        state[f"{key}.signed"] = int(signed)
+
+    def load(self, state: State, key: str, piece: slice) -> Tensor:
+        if key in state:
+            return Float32().load(state, key, piece)
+        codes = tensor(state, f"{key}.codes").view(-1)[piece]
+        absmax = tensor(state, f"{key}.absmax")[_blocks(piece)]
+        return dequantize(codes, absmax, bool(state[f"{key}.signed"]))
+
+    def store(self, state: State, key: str, piece: slice, value: Tensor) -> None:
+        if key in state:
+            return
+        codes, absmax = quantize(value, bool(state[f"{key}.signed"]), self.floor_codes)
+        tensor(state, f"{key}.codes").view(-1)[piece] = codes
+        tensor(state, f"{key}.absmax")[_blocks(piece)] = absmax
+
+
+def _blocks(piece: slice) -> slice:
+    return slice(piece.start // BLOCK, block_count(piece.stop))
+
+
+def format_named(name: str, min_elements: int = 4096, floor_codes: bool = True) -> Format:
+    """The format called fp32, bf16 or 8bit."""
+    formats: dict[str, Format] = {
+        "fp32": Float32(),
+        "bf16": BFloat16(),
+        "8bit": Blockwise8(min_elements, floor_codes),
+    }
+    return formats[name]

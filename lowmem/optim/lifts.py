@@ -1,0 +1,53 @@
+"""From the subspace back to full size, and what happens to the part of the gradient outside it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from lowmem.optim.formats import State
+from lowmem.optim.projectors import Projector, Rows
+
+
+class Lift(Protocol):
+    @property
+    def needs_gradient(self) -> bool:
+        """Is the full gradient needed, or is its projection enough?"""
+
+    def init(self, state: State, weight: Tensor) -> None: ...
+
+    def __call__(
+        self,
+        kept: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        factor: float,
+        projector: Projector,
+        state: State,
+    ) -> Rows:
+        """The full-size step. kept: the gradient or its projection; low: its projection."""
+
+
+@dataclass(frozen=True)
+class ProjectBack:
+    """scale * (direction mapped back): nothing outside the subspace is used.
+
+    Source: Zhao et al. 2024, arXiv:2403.03507, Algorithm 2.
+    """
+
+    scale: float = 0.25
+    needs_gradient: bool = False
+
+    def init(self, state: State, weight: Tensor) -> None:
+        """No state."""
+
+    def __call__(
+        self,
+        kept: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        factor: float,
+        projector: Projector,
+        state: State,
+    ) -> Rows:
+        return projector.up(direction.mul_(self.scale * factor), state)

@@ -1,0 +1,9 @@
+"""Types of the arguments that several methods take; they carry the range checks."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Betas = tuple[Beta, Beta]
+Eps = Annotated[float, Field(gt=0.0)]

@@ -1,0 +1,226 @@
+"""The optimizer: one path for a gradient, whether it arrives in backward or at `step`.
+
+    receive   refresh if due -> compress -> add to what is kept      (per micro-batch, per weight)
+    apply     kept -> method.update -> write into the weight         (per update, per weight)
+
+    mode             kept between receive and apply               apply happens
+    unfused          the gradient itself                          in step()
+    fused+subspace   its projection (the gradient for methods     in step()
+                     that need it whole)
+    fused            nothing                                      at once, in the middle of backward
+
+Weights change only in `apply`. Sums over micro-batches are float32.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.config.schema import UpdateMode
+from lowmem.errors import CheckpointError
+from lowmem.naming import seed_of
+from lowmem.optim.formats import State
+from lowmem.optim.method import Method
+from lowmem.optim.weights import write
+from lowmem.phases import phase
+
+
+@dataclass
+class Slot:
+    """One parameter with its method, its state and what is kept of its gradient."""
+
+    weight: Tensor
+    method: Method
+    weight_decay: float
+    state: State
+    kept: Tensor | None = None
+
+
+@dataclass
+class Optimizer:
+    """Updates named weights, each by its own method.
+
+    parameters: name -> (weight, method, weight decay). seed: of the run, for stochastic rounding.
+    """
+
+    mode: UpdateMode
+    seed: int
+    slots: dict[str, Slot] = field(default_factory=dict)
+    updates: int = 0  # updates begun so far, itself included
+    lr: float = 0.0
+    _micro_batches: int = 1
+    _squares: list[Tensor] = field(default_factory=list)
+    _coefficient: Tensor | None = None
+
+    def add(self, name: str, weight: Tensor, method: Method, weight_decay: float) -> None:
+        """Take charge of a weight and allocate all its state."""
+        with torch.no_grad():
+            state = method.init(weight.detach(), seed_of(self.seed, name))
+        self.slots[name] = Slot(weight.detach(), method, weight_decay, state)
+
+    def attach(self, model: nn.Module) -> None:
+        """Receive the model's gradients as they appear in backward.
+
+        Our decoder hands them over itself; any other module gets a hook per parameter.
+        """
+        if hasattr(model, "on_gradient"):
+            setattr(model, "on_gradient", self.receive)  # noqa: B010 - no field of nn.Module
+            return
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def receive_and_drop(parameter: Tensor) -> None:
+            grad, parameter.grad = parameter.grad, None
+            assert grad is not None
+            self.receive(name, grad)
+
+        return receive_and_drop
+
+    def begin(self, lr: float, micro_batches: int) -> None:
+        """Start an update of that many micro-batches with this learning rate."""
+        if self.mode == "fused" and micro_batches != 1:
+            raise ValueError(f"fused updates cannot accumulate {micro_batches} micro-batches")
+        self.lr, self._micro_batches = lr, micro_batches
+        self.updates += 1
+        self._squares.clear()
+        self._coefficient = None
+
+    @torch.no_grad()
+    def receive(self, name: str, grad: Tensor) -> None:
+        """Take over the gradient of one micro-batch; the caller must not use it any more."""
+        slot = self.slots[name]
+        with phase("receive"):
+            if self.mode != "unfused":
+                if slot.kept is None:  # the first micro-batch decides the subspace
+                    slot.method.refresh(grad, slot.state)
+                if self.mode == "fused":
+                    self._squares.append(_square(grad))
+                grad = slot.method.compress(grad, slot.state)
+            self._hold(slot, grad)
+            del grad
+        if self.mode == "fused":
+            self.apply(name)
+
+    def _hold(self, slot: Slot, piece: Tensor) -> None:
+        if slot.kept is not None:
+            slot.kept.add_(piece)
+        elif self._micro_batches > 1:
+            slot.kept = piece.float()
+        else:
+            slot.kept = piece.contiguous()
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Global norm of what is kept, before clipping; in `fused` mode of the whole gradient."""
+        if self.mode != "fused":
+            kept = [slot.kept for slot in self.slots.values() if slot.kept is not None]
+            self._squares = [_square(piece) for piece in kept]
+        return torch.stack(self._squares).sum().sqrt()
+
+    @property
+    def norm_of(self) -> str:
+        """What `norm` measures: "gradient", or "kept" (projections where there are any)."""
+        return "kept" if self.mode == "fused+subspace" else "gradient"
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Scale this update so that its norm is at most max_norm. No host synchronisation."""
+        if self.mode == "fused":
+            raise ValueError("fused updates cannot be clipped: weights have already changed")
+        self._coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    @torch.no_grad()
+    def apply(self, name: str) -> None:
+        """Turn what is kept into a step of this weight."""
+        slot = self.slots[name]
+        kept, slot.kept = slot.kept, None
+        assert kept is not None, f"{name} has received no gradient"
+        with phase("apply"):
+            if self._coefficient is not None:
+                kept.mul_(self._coefficient)
+            if self.mode == "unfused":
+                slot.method.refresh(kept, slot.state)
+                kept = slot.method.compress(kept, slot.state)
+            rows = slot.method.update(kept, slot.state)
+            write(
+                slot.weight,
+                rows,
+                lr=self.lr,
+                weight_decay=slot.weight_decay,
+                decay_first=slot.method.needs.decay_first,
+                seed=seed_of(self.seed, f"round/{name}", self.updates),
+            )
+
+    def step(self) -> None:
+        """Apply everything that is kept and has not been applied."""
+        for name, slot in self.slots.items():
+            if slot.kept is not None:
+                self.apply(name)
+
+    def discard(self) -> None:
+        """Forget the gradients of this update; no weight or state changes (not in `fused`)."""
+        for slot in self.slots.values():
+            slot.kept = None
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """("<parameter>/<state key>", tensor) of everything that varies."""
+        for name, slot in self.slots.items():
+            for key, value in slot.state.items():
+                if isinstance(value, Tensor):
+                    yield f"{name}/{key}", value
+
+    def state_numbers(self) -> dict[str, dict[str, int | float]]:
+        """The numbers of every parameter's state."""
+        return {
+            name: {k: v for k, v in slot.state.items() if not isinstance(v, Tensor)}
+            for name, slot in self.slots.items()
+        }
+
+    @torch.no_grad()
+    def restore(
+        self,
+        tensors: Iterator[tuple[str, Tensor]],
+        numbers: Mapping[str, Mapping[str, int | float]],
+        updates: int,
+    ) -> None:
+        """Put a saved state back, strictly: CheckpointError names what is missing or foreign."""
+        own = dict(self.state_tensors())
+        for key, value in tensors:
+            mine = own.pop(key, None)
+            if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
+                raise _foreign(key, value, mine)
+            mine.copy_(value)
+        if own:
+            raise _missing(next(iter(own)))
+        expected = self.state_numbers()
+        if {n: set(v) for n, v in numbers.items()} != {n: set(v) for n, v in expected.items()}:
+            raise _missing(
+                "the counters of " + next(iter(set(expected) ^ set(numbers)), "a weight")
+            )
+        for name, values in numbers.items():
+            self.slots[name].state.update(values)
+        self.updates = updates
+
+
+def _square(piece: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(piece, dtype=torch.float32).square()
+
+
+def _foreign(key: str, value: Tensor, mine: Tensor | None) -> CheckpointError:
+    has = f"{tuple(value.shape)} {value.dtype}"
+    wants = "nothing of that name" if mine is None else f"{tuple(mine.shape)} {mine.dtype}"
+    return CheckpointError(
+        f"optimizer state {key} does not belong to this run",
+        f"the checkpoint has {has}, this run expects {wants}",
+        "resume with the settings the checkpoint was written with",
+    )
+
+
+def _missing(key: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint lacks optimizer state {key}",
+        "this run's method or settings differ from those that were saved",
+        "resume with the settings the checkpoint was written with",
+    )

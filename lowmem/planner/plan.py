@@ -1,0 +1,127 @@
+"""What the planner answers: the choice, its memory, and why the others were not taken.
+
+`Plan.to_json` is the published form of `plan.json` and of `lowmem plan --json`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lowmem.config.schema import Config
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """The memory of one device, in bytes.
+
+    total: as the driver reports it. context: CUDA context and loaded kernels. others: desktop and
+    other processes. margin: kept free against what no model sees. source: preset | measured.
+    """
+
+    name: str
+    total: int
+    context: int
+    others: int
+    margin: int
+    source: str
+    kind: str = "cuda"  # "cuda", or "cpu" where the budget is host memory
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the allocator may reserve."""
+        return self.total - self.context - self.others - self.margin
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings that decide memory, all concrete."""
+
+    method: str
+    rank: Any  # number, fraction, table by role, or None
+    states: str
+    weights: str
+    update: str
+    recompute: str
+    micro_batch: int
+    accumulate: int  # micro-batches per update
+    clip: float | None
+
+    def sentence(self) -> str:
+        """One line for people, from the method to the micro-batch."""
+        rank = "" if self.rank is None else f" rank {self.rank}"
+        return (
+            f"{self.method}{rank}, {self.states} states, {self.weights} weights, {self.update}, "
+            f"recompute {self.recompute}, micro-batch {self.micro_batch} x {self.accumulate}"
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak of one update, in bytes (planner.md section 1: four numbers, never one).
+
+    tensors: live storages at the worst moment. allocated: `max_memory_allocated`. reserved:
+    `max_memory_reserved`. parts: what the tensors at that moment are for; sums to `tensors`.
+    instant: the worst moment as a sentence.
+    """
+
+    tensors: int
+    allocated: int
+    reserved: int
+    parts: dict[str, int]
+    instant: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the table of alternatives."""
+
+    choice: Choice
+    fits: bool
+    peak_bytes: int  # reserved; a lower bound where `bound` is true
+    bound: bool = False
+    reason: str = ""  # why it was not taken
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A change that lowers the peak: the flags to add and the bytes they save."""
+
+    flags: str
+    saves: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config  # settled: nothing is "auto" any more
+    card: Card
+    choice: Choice
+    memory: Memory
+    candidates: list[Candidate] = field(default_factory=list)
+    fixes: list[Fix] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what nobody gave, and why it became this
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.reserved <= self.card.usable_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The published form: plain numbers, strings, lists and tables."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "fits": self.fits,
+            "usable_bytes": self.card.usable_bytes,
+            "peak_bytes": self.memory.reserved,
+            "tensor_bytes": self.memory.tensors,
+            "allocated_bytes": self.memory.allocated,
+            "device_bytes": self.memory.reserved + self.card.context + self.card.others,
+            "instant": self.memory.instant,
+            "parts": self.memory.parts,
+            "choice": asdict(self.choice),
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+            "fixes": [asdict(fix) for fix in self.fixes],
+            "card": asdict(self.card),
+            "config": self.config.model_dump(mode="json"),
+            "notes": self.notes,
+        }

@@ -1,0 +1,93 @@
+"""What a run reports: small records, handed to a function; nothing here prints.
+
+`metrics.jsonl` holds one object per `Trained` and `Evaluated`, `events.jsonl` all the others.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first update is about to begin, or (update > 0) the run continues."""
+
+    update: int
+    updates: int
+    tokens_per_update: int
+    folder: str
+    resumed_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One update. loss: mean per target token, nats. tokens: seen since the run began."""
+
+    update: int
+    loss: float
+    lr: float
+    tokens: int
+    grad_norm: float
+    norm_of: str  # "gradient" or "kept": which norm that is
+    seconds: float
+    tokens_per_second: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Validation after `update` (0-based). eval_loss: mean per target token, nats."""
+
+    update: int
+    eval_loss: float
+    eval_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    update: int  # updates done
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The peak of the first update beside the plan's, in bytes; what: which of the four numbers."""
+
+    what: str
+    planned: int
+    measured: int
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A signal arrived; the update is finished, saved, and the run ends."""
+
+    signal: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a run."""
+
+    update: int
+    eval_loss: float
+    unigram_loss: float  # of the validation tokens under training frequencies
+    tokens: int
+    seconds: float
+    checkpoint: str
+
+
+Metric = Trained | Evaluated
+Event = Metric | Started | Saved | Measured | Stopping | Finished
+Report = Callable[[Event], None]
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """The JSON object of an event; everything but metrics also names its kind."""
+    record = asdict(event)
+    return (
+        record if isinstance(event, Metric) else {"event": type(event).__name__.lower(), **record}
+    )

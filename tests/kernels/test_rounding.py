@@ -1,0 +1,44 @@
+"""Stochastic rounding: exact where it can be, unbiased elsewhere, the same everywhere."""
+
+import pytest
+import torch
+
+from lowmem.kernels.rounding import hashed_bits, stochastic_round
+
+CPU = torch.device("cpu")
+
+
+def test_representable_numbers_are_kept() -> None:
+    values = torch.tensor([0.0, -0.0, 1.0, -2.5, 3e38, 1e-40, float("inf"), float("-inf")])
+    exact = values.bfloat16()
+    assert torch.equal(stochastic_round(exact.float(), seed=3), exact)
+    assert stochastic_round(torch.tensor([float("nan")]), seed=3).isnan().all()
+
+
+@pytest.mark.parametrize("value", [1.0 + 2**-10, -1.0 - 2**-9, 3.14159, -1e-3, 1e-20])
+def test_rounding_is_unbiased(value: float) -> None:
+    count = 200_000
+    rounded = stochastic_round(torch.full((count,), value), seed=9).double()
+    assert rounded.unique().numel() <= 2
+    spacing = (rounded.max() - rounded.min()).item()
+    # Four standard errors of a two-valued variable of that spacing.
+    assert rounded.mean().item() == pytest.approx(value, abs=4 * spacing * 0.5 / count**0.5)
+
+
+def test_noise_is_uniform_and_uncorrelated() -> None:
+    bits = hashed_bits(2**18, seed=123, offset=0, device=CPU).bitwise_and(0xFFFF)
+    counts = torch.bincount(bits >> 8, minlength=256).double()
+    expected = 2**18 / 256
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert 255 - 5 * 22.6 < chi_square < 255 + 5 * 22.6  # 255 degrees, deviation sqrt(510)
+    x = bits.double() - bits.double().mean()
+    for lag in (1, 2, 256):
+        correlation = (x[:-lag] * x[lag:]).mean() / x.var()
+        assert abs(correlation.item()) < 5 / 2**9
+
+
+def test_noise_depends_on_seed_and_index_only() -> None:
+    whole = hashed_bits(1000, seed=5, offset=0, device=CPU)
+    assert torch.equal(whole[300:], hashed_bits(700, seed=5, offset=300, device=CPU))
+    for other in (6, 5 + 2**40):
+        assert (whole == hashed_bits(1000, seed=other, offset=0, device=CPU)).sum() < 5
