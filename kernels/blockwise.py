@@ -40,6 +40,11 @@ def _midpoints(signed: bool, device: str) -> Tensor:
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
+def lookup_tables(device: str) -> list[Tensor]:
+    """The constants that this module keeps on a device once it has been used there."""
+    return [make(signed, device) for make in (dynamic_map, _midpoints) for signed in (True, False)]
+
+
 def quantize(x: Tensor, signed: bool, floor_codes: bool = False) -> tuple[Tensor, Tensor]:
     """Codes of the nearest map values and the scale of every block.
 

@@ -92,15 +92,17 @@ class Optimizer:
     def receive(self, name: str, grad: Tensor) -> None:
         """Take over the gradient of one micro-batch; the caller must not use it any more."""
         slot = self.slots[name]
-        with phase("receive"):
-            if self.mode != "unfused":
-                if slot.kept is None:  # the first micro-batch decides the subspace
+        if self.mode != "unfused":
+            if slot.kept is None:  # the first micro-batch decides the subspace
+                with phase("refresh"):
                     slot.method.refresh(grad, slot.state)
-                if self.mode == "fused":
-                    self._squares.append(_square(grad))
+            if self.mode == "fused":
+                self._squares.append(_square(grad))
+        with phase("hold"):
+            if self.mode != "unfused":
                 grad = slot.method.compress(grad, slot.state)
             self._hold(slot, grad)
-            del grad
+        del grad
         if self.mode == "fused":
             self.apply(name)
 
@@ -137,11 +139,12 @@ class Optimizer:
         slot = self.slots[name]
         kept, slot.kept = slot.kept, None
         assert kept is not None, f"{name} has received no gradient"
-        with phase("apply"):
+        with phase("update"):
             if self._coefficient is not None:
                 kept.mul_(self._coefficient)
             if self.mode == "unfused":
-                slot.method.refresh(kept, slot.state)
+                with phase("refresh"):
+                    slot.method.refresh(kept, slot.state)
                 kept = slot.method.compress(kept, slot.state)
             rows = slot.method.update(kept, slot.state)
             write(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.formats import State, tensor
-from lowmem.optim.slices import SLICE_ELEMENTS
+from lowmem.optim.slices import row_slices
 
 Side = Literal["std", "reverse_std", "left", "right"]
 
@@ -101,9 +101,8 @@ def leading_singular_vectors(grad: Tensor, right: bool, rank: int) -> tuple[Tens
     long = grad if right else grad.T
     side = long.shape[1]
     gram = torch.zeros(side, side, dtype=torch.float64, device=grad.device)
-    step = max(1, SLICE_ELEMENTS // side)
-    for start in range(0, long.shape[0], step):
-        rows = long[start : start + step].double()
+    for start, stop in row_slices(long):
+        rows = long[start:stop].double()
         gram.addmm_(rows.T, rows)
     usable = gram.isfinite().all()
     vectors = torch.linalg.eigh(torch.nan_to_num_(gram, 0.0, 0.0, 0.0)).eigenvectors

@@ -47,7 +47,7 @@ class Adam:
         step = number(state, "step")
         correction1, correction2 = 1 - first**step, 1 - second**step
         flat = low.view(-1)
-        for piece in flat_slices(flat.numel()):
+        for piece in flat_slices(flat):
             gradient = flat[piece].float()
             exp_avg = self.format.load(state, "exp_avg", piece)
             exp_avg_sq = self.format.load(state, "exp_avg_sq", piece)

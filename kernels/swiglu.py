@@ -1,0 +1,27 @@
+"""The gated unit of LLaMA's MLP: t = silu(gate) * up, and its gradients.
+
+With s = sigmoid(gate): d t / d up = gate s, d t / d gate = up s (1 + gate (1 - s)).
+
+Source: Shazeer, arXiv:2002.05202.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SLICE_ELEMENTS = 2**21  # of the backward's scratch
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both (n, f)."""
+    return functional.silu(gate).mul_(up)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Turn `gate` and `up` (n, f) into their own gradients; `grad`, that of t, is used up."""
+    rows = max(1, SLICE_ELEMENTS // gate.shape[-1])
+    for g, a, b in zip(grad.split(rows), gate.split(rows), up.split(rows), strict=True):
+        scratch = functional.silu(a).mul_(g)
+        g.mul_(b)
+        b.copy_(scratch)
+        torch.ops.aten.silu_backward.grad_input(g, a, grad_input=a)

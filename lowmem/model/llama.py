@@ -1,0 +1,199 @@
+"""LLaMA with Hugging Face's parameter names and an explicit backward.
+
+    model = Llama(config, dtype=torch.bfloat16, device="cuda")
+    model.initialise(seed=0)
+    model.on_gradient = optimizer.receive          # (name, gradient), as soon as each is there
+    model.loss(inputs, targets, total_tokens).backward()
+
+Weights are no inputs of autograd: every gradient is made by hand in a fixed order, handed to
+`on_gradient` exactly once per backward, and held by nobody else. Left alone, `on_gradient` fills
+`parameter.grad` like any module.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.config.schema import Level, ModelConfig
+from lowmem.kernels import rope
+from lowmem.kernels.attention import Backend, choose_backend
+from lowmem.kernels.linear_cross_entropy import linear_cross_entropy
+from lowmem.kernels.rms_norm import rms_norm
+from lowmem.model.block import Block, BlockStep, GradientSink, Linear, Norm, Rotation
+from lowmem.model.ends import EmbeddingStep, LossStep
+from lowmem.model.recompute import level_of
+from lowmem.naming import seed_of
+from lowmem.phases import phase
+
+_DRAWN_ELEMENTS = 2**24  # random numbers that exist at a time
+_ROLES = {
+    "q_proj": "attention.q",
+    "k_proj": "attention.k",
+    "v_proj": "attention.v",
+    "o_proj": "attention.o",
+    "gate_proj": "mlp.gate",
+    "up_proj": "mlp.up",
+    "down_proj": "mlp.down",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+}
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: what Hugging Face keeps under `model.`."""
+
+    def __init__(
+        self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        h, where = config.hidden_size, {"dtype": dtype, "device": device}
+        self.embed_tokens = Linear(h, config.vocab_size, bias=False, **where)
+        indices = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(Block(config, i, backend, **where) for i in indices)
+        self.norm = Norm(h, **where)
+
+
+class Llama(nn.Module):
+    """The decoder with its head.
+
+    Parameters are allocated uninitialised on `device`, which may be "meta". recompute: what blocks
+    keep for backward. attention: "auto" takes the device's own; on meta it names the rehearsed one.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        recompute: Level = "keep",
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        device = torch.device(device)
+        self.config, self.recompute = config, recompute
+        self.backend = choose_backend(attention, device, dtype, config.head_dim)
+        self.model = Decoder(config, self.backend, dtype, device)
+        if not config.tie_word_embeddings:
+            h, vocabulary = config.hidden_size, config.vocab_size
+            self.lm_head = Linear(h, vocabulary, bias=False, dtype=dtype, device=device)
+        self.on_gradient: GradientSink = self.accumulate
+        self._rotations: dict[int, Rotation] = {}
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """(V, h): the head's own, or the embedding's where they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def accumulate(self, name: str, gradient: Tensor) -> None:
+        """The default sink: add to the `.grad` of the parameter."""
+        parameter = self.get_parameter(name)
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad.add_(gradient)
+
+    def loss(self, inputs: Tensor, targets: Tensor, total_tokens: int) -> Tensor:
+        """Sum of the tokens' cross-entropies / total_tokens, a float32 scalar to call backward on.
+
+        inputs, targets: (b, t) int64; a target of -100 is skipped. total_tokens: targets of the
+        whole update, so that micro-batches add up.
+        """
+        rotation = self._rotation(inputs.shape[1])
+        tied: list[Tensor] = []  # the head's gradient waits for the embedding's
+        with phase("embedding"):
+            x = EmbeddingStep.apply(self._anchor(), inputs, self, tied)
+        for index, block in enumerate(self.model.layers):
+            level = level_of(index, len(self.model.layers), self.recompute)
+            with phase(f"forward of block {index + 1}"):
+                x = BlockStep.apply(x, block, rotation, level, self.hand)
+        with phase("loss"):
+            return LossStep.apply(x, targets.reshape(-1), 1 / total_tokens, self, tied)
+
+    @torch.no_grad()
+    def loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the tokens' cross-entropies, a float32 scalar; keeps nothing for a backward."""
+        y = self._final(inputs)
+        with phase("loss"):
+            return linear_cross_entropy(y, self.head_weight, targets.reshape(-1), 1.0, False)[0]
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(b, t, V) float32, whole: for tests and small uses."""
+        return (self._final(inputs) @ self.head_weight.t()).float().view(*inputs.shape, -1)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Matrices ~ N(0, initializer_range), norms 1, biases 0; on meta there is nothing to fill.
+
+        Each matrix has a generator of its own and is drawn in float32 on the CPU, so every device
+        and dtype gets the same numbers up to rounding.
+        """
+        for name, role in self.roles().items():
+            parameter = self.get_parameter(name)
+            if parameter.is_meta:
+                continue
+            if role == "norm":
+                parameter.fill_(1)
+            elif role == "bias":
+                parameter.zero_()
+            else:
+                self._draw(parameter, seed_of(seed, f"init/{name}"))
+
+    def roles(self) -> dict[str, str]:
+        """Parameter name -> what it is: attention.q, mlp.down, embedding, head, norm, bias ..."""
+        return {name: _role(name) for name, _ in self.named_parameters()}
+
+    def _draw(self, matrix: Tensor, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for rows in matrix.split(max(1, _DRAWN_ELEMENTS // matrix.shape[1])):
+            numbers = torch.empty(rows.shape, dtype=torch.float32, device="cpu")
+            rows.copy_(numbers.normal_(0, self.config.initializer_range, generator=generator))
+
+    def hand(self, name: str, gradient: Tensor) -> None:
+        """To the sink that is set when the gradient is ready, not when the forward ran."""
+        self.on_gradient(name, gradient)
+
+    def _anchor(self) -> Tensor:
+        """An empty tensor that requires a gradient, so that the embedding's output does too."""
+        return torch.empty(0, device=self.head_weight.device, requires_grad=True)
+
+    def _final(self, inputs: Tensor) -> Tensor:
+        """Normalised output of the last block, (b * t, h); keeps nothing."""
+        rotation = self._rotation(inputs.shape[1])
+        with phase("embedding"):
+            x = nn.functional.embedding(inputs.reshape(-1), self.model.embed_tokens.weight)
+        for index, block in enumerate(self.model.layers):
+            with phase(f"forward of block {index + 1}"):
+                x = block(x, rotation, "full")[0]
+        return rms_norm(x, self.model.norm.weight, self.config.rms_norm_eps)[0]
+
+    def _rotation(self, length: int) -> Rotation:
+        """Rotary tables of a sequence length, made once."""
+        if length not in self._rotations:
+            frequency = _frequencies(self.config, self.head_weight.device)
+            self._rotations[length] = rope.tables(frequency, length)
+        return self._rotations[length]
+
+
+def _role(name: str) -> str:
+    module, kind = name.rsplit(".", 1)
+    if kind == "bias":
+        return "bias"
+    return _ROLES.get(module.rsplit(".", 1)[-1], "norm")
+
+
+def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    plain = rope.frequencies(config.head_dim, config.rope_theta, device)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.type == "linear":
+        return plain / scaling.factor
+    return rope.llama3_frequencies(
+        plain,
+        scaling.factor,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+        scaling.original_max_position_embeddings,
+    )

@@ -1,0 +1,44 @@
+"""The gradients of one update: what both training and its rehearsal run."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.optim.optimizer import Optimizer
+
+MicroBatches = Iterable[tuple[Tensor, Tensor]]
+"""(inputs, targets), each (b, t) int64 on the model's device."""
+
+
+class LossModel(Protocol):
+    def loss(self, inputs: Tensor, targets: Tensor, total_tokens: int) -> Tensor:
+        """Sum of token losses / total_tokens, so that micro-batches add up to the mean."""
+
+
+def gather(
+    model: LossModel,
+    optimizer: Optimizer,
+    micro_batches: MicroBatches,
+    *,
+    count: int,
+    tokens: int,
+    lr: float,
+    clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(mean loss per token, gradient norm before clipping), 0-dim, on the model's device.
+
+    count: micro-batches; tokens: targets of the whole update. The gradients are in the optimizer,
+    and `optimizer.step()` is next; in `fused` mode the weights have already moved.
+    """
+    optimizer.begin(lr, count)
+    losses = []
+    for inputs, targets in micro_batches:
+        loss = model.loss(inputs, targets, tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    norm = optimizer.norm()
+    if clip is not None:
+        optimizer.clip(norm, clip)
+    return torch.stack(losses).sum(), norm

@@ -1,0 +1,198 @@
+"""Which card, and how much of it a run may use.
+
+find_card("24GB", "auto")     the smallest common card of that class, 24,564 MiB
+find_card("24GiB", "auto")    exactly that
+find_card("RTX 4090", "auto") a name of configs/cards.toml
+find_card("auto", "auto")     the CUDA device at hand as measured, else the host's memory
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import ConfigError, HardwareError
+from lowmem.planner.plan import Card
+from lowmem.units import GIB, MIB, format_bytes, parse_bytes
+
+_CONTEXT = 500 * MIB  # CUDA context and kernels once all are loaded
+_OTHERS = 300 * MIB  # a desktop with little open
+# Of the total, until a measurement on the machine replaces it. Also covers what the driver keeps
+# for itself: nvidia-smi counts that as total, CUDA cannot have it (some 350 MiB of 24 GB).
+_MARGIN = 0.03
+_HOST_MARGIN = 0.10  # other programs on the host come and go
+_LARGEST = 1024 * GIB  # more is a slip of the unit
+
+_CLASS = re.compile(r"\s*([0-9]{1,5}(?:\.[0-9]+)?)\s*gb\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*[-+0-9.].*")
+_FORMS = "allowed are a class such as 24GB, a size such as 24GiB, a card such as rtx4090, or auto"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """A card as its maker and driver describe it.
+
+    bandwidth: GB/s. tflops: bf16 products summed in float32, dense. desktop: drives a screen.
+    """
+
+    name: str
+    total: int  # bytes
+    bandwidth: float
+    tflops: float
+    desktop: bool
+
+
+def find_card(gpu: str, device: str) -> Card:
+    """The card that `gpu` means; `device` ("auto", "cpu", "cuda") decides what "auto" measures.
+
+    ConfigError: `gpu` is none of the forms above, or too small to hold anything.
+    HardwareError: a CUDA device is asked for, and there is none.
+    """
+    if gpu.strip().lower() == "auto":
+        return _host_card() if device == "cpu" or not _has_cuda(device) else _measured_card()
+    if match := _CLASS.fullmatch(gpu):
+        return _checked(_class_card(float(match[1])), gpu)
+    if _SIZE.fullmatch(gpu):
+        return _checked(_preset(gpu.strip(), _exact_bytes(gpu), desktop=True), gpu)
+    facts = card_facts(gpu)
+    return _preset(facts.name, facts.total, facts.desktop)
+
+
+def card_facts(name: str) -> CardFacts:
+    """The row of configs/cards.toml for a name as a person or the driver writes it.
+
+    ConfigError: no such card, or one that is sold with several sizes of memory.
+    """
+    known, word = _cards(), _squash(name)
+    if word in known:
+        return known[word]
+    sizes = _sold_as(word)
+    if len(sizes) == 1:
+        return sizes[0]
+    if sizes:
+        names = [card.name for card in sizes]
+        raise ConfigError(
+            f"gpu = {name!r} is sold with several sizes of memory",
+            f"known are {', '.join(names)}",
+            f'gpu = "{names[0]}"',
+        )
+    near = [known[key].name for key in difflib.get_close_matches(word, known, n=3)]
+    fix = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else 'gpu = "24GB"'
+    raise ConfigError(f"gpu = {name!r}: no such card is known", _FORMS, fix)
+
+
+def _sold_as(word: str) -> list[CardFacts]:
+    """Cards whose name is `word` and a size, or `word` less a size that is right; smallest first.
+
+    "rtx3060" is rtx3060-12gb, "rtx409024gb" is rtx4090.
+    """
+    found: dict[str, CardFacts] = {}
+    for key, card in _cards().items():
+        bare = _squash(re.sub("-[0-9]+gb$", "", card.name))
+        size = re.fullmatch(f"{key}([0-9]{{1,4}})gb", word)
+        if word == bare or (size and abs(card.total / GIB - int(size[1])) < 0.1 * int(size[1])):
+            found[card.name] = card
+    return sorted(found.values(), key=lambda card: card.total)
+
+
+def _preset(name: str, total: int, desktop: bool) -> Card:
+    others = _OTHERS if desktop else 0
+    return Card(name, total, _CONTEXT, others, round(_MARGIN * total), "preset")
+
+
+def _class_card(gib: float) -> Card:
+    row = _table()["classes"].get(f"{gib:g}")
+    if row is not None:
+        return _preset(f"{gib:g}GB card", row["mib"] * MIB, row["desktop"])
+    total = round(gib * 0.999 * 1024) * MIB
+    name = f"{gib:g}GB card, taken as {total // MIB} MiB"
+    return _preset(name, total, desktop=True)
+
+
+def _exact_bytes(gpu: str) -> int:
+    try:
+        return parse_bytes(gpu)
+    except ValueError as error:
+        raise ConfigError(f"gpu = {gpu!r}: no size and no card", _FORMS, 'gpu = "24GB"') from error
+
+
+def _checked(card: Card, gpu: str) -> Card:
+    """Refuse sizes that no card has."""
+    if card.usable_bytes <= 0:
+        needed = format_bytes(card.total - card.usable_bytes)
+        why = f"a CUDA context, a desktop and a margin alone take {needed}; {_FORMS}"
+        raise ConfigError(f"gpu = {gpu!r} is {format_bytes(card.total)}", why, 'gpu = "8GB"')
+    if card.total > _LARGEST:
+        why = f"no card has more than {format_bytes(_LARGEST)}; {_FORMS}"
+        raise ConfigError(f"gpu = {gpu!r} is {format_bytes(card.total)}", why, 'gpu = "24GB"')
+    return card
+
+
+def _has_cuda(device: str) -> bool:
+    import torch  # here, because `lowmem plan --gpu 24GB` needs none
+
+    if torch.cuda.is_available():
+        return True
+    if device == "cuda":
+        raise HardwareError(
+            'train.device = "cuda", but torch finds no CUDA device',
+            f"torch {torch.__version__} was built for CUDA {torch.version.cuda}",
+            'use train.device = "cpu", or name a card to plan for, e.g. gpu = "24GB"',
+        )
+    return False
+
+
+def _measured_card() -> Card:
+    """The current CUDA device; asking creates our context, so that is part of what is used."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    used = total - free - torch.cuda.memory_reserved()
+    # Kernels are loaded when first used, so the context will still grow to about the preset.
+    others = max(used - _CONTEXT, 0)
+    name = torch.cuda.get_device_name()
+    return Card(name, total, _CONTEXT, others, round(_MARGIN * total), "measured")
+
+
+def _host_card() -> Card:
+    available = _available_memory()
+    margin = round(_HOST_MARGIN * available)
+    return Card("host memory", available, 0, 0, margin, "measured", kind="cpu")
+
+
+def _available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that programs can still get; all of the memory where the system does not say."""
+    if meminfo.exists():
+        match = re.search(r"^MemAvailable:\s+([0-9]+) kB$", meminfo.read_text(), re.MULTILINE)
+        if match is not None:
+            return int(match[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@cache
+def _table() -> dict[str, Any]:
+    path = files("lowmem") / "configs" / "cards.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _cards() -> dict[str, CardFacts]:
+    """Every name, squashed -> its card."""
+    known: dict[str, CardFacts] = {}
+    for name, row in _table()["cards"].items():
+        facts = CardFacts(name, row["mib"] * MIB, row["bandwidth"], row["tflops"], row["desktop"])
+        known |= {_squash(word): facts for word in (name, *row.get("also", ()))}
+    return known
+
+
+def _squash(name: str) -> str:
+    """ "NVIDIA GeForce RTX 4090 Laptop GPU" and "rtx4090-laptop" become the same word."""
+    words = re.findall("[a-z0-9]+", name.lower())
+    dropped = {"nvidia", "geforce", "tesla", "quadro", "gpu", "generation"}
+    word = "".join(word for word in words if word not in dropped)
+    return re.sub("^rtx(?=a[0-9])", "", word)  # the driver says RTX A6000, people A6000

@@ -1,0 +1,255 @@
+"""A training step on the meta device, with every byte counted.
+
+The very model and the very optimizer are built on `meta` and run two updates and an evaluation;
+`LiveBytes` sees every storage appear and die. The same tracker counts a real step on the CPU, and
+both give the same number to the byte.
+
+Source of the recipe: planner.md section 2.
+"""
+
+import itertools
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lowmem.config.schema import ModelConfig, OptimizerConfig
+from lowmem.kernels.blockwise import lookup_tables
+from lowmem.model.llama import Llama
+from lowmem.optim.assign import build_optimizer
+from lowmem.optim.optimizer import Optimizer
+from lowmem.optim.step import gather
+from lowmem.phases import current_phase
+from lowmem.planner.plan import Choice
+
+GRANULE = 512  # the CUDA caching allocator rounds every request up to it
+_STRAY_BYTES = 2**20  # more than this in real memory during a rehearsal is a bug
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+PARTS = (
+    "weights",
+    "states",
+    "projections",
+    "gradients",
+    "activations",
+    "loss",
+    "update",
+    "batch",
+    "workspace",
+)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of live storages, by part, each rounded up to 512, with the peak and its moment.
+
+    events: (id, +bytes) when a storage appears, (id, -bytes) when it dies: for the allocator.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.events: list[tuple[int, int]] = []
+        self.live = 0
+        self.peak = 0
+        self.peak_parts: dict[str, int] = {}
+        self.peak_phase: tuple[str, ...] = ()
+        self._parts: defaultdict[str, int] = defaultdict(int)
+        self._seen = WeakIdKeyDictionary()
+        self._ids = itertools.count()
+
+    def track(self, tensors: Mapping[str, Tensor] | list[Tensor], part: str) -> None:
+        """Count tensors that exist beforehand."""
+        for tensor in tensors.values() if isinstance(tensors, Mapping) else tensors:
+            self._add(tensor, part)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in IN_PLACE and args[0].is_meta:
+            return args[0]
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf, part_of(current_phase()))
+        scratch = WORKSPACE.get(func)
+        if scratch is not None:
+            self._mark(scratch(*args), "workspace")
+        return out
+
+    def _add(self, tensor: Tensor, part: str) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen or storage.nbytes() == 0:
+            return
+        if tensor.device.type != self.device_type:
+            if self.device_type == "meta" and storage.nbytes() > _STRAY_BYTES:
+                raise RuntimeError(
+                    f"{storage.nbytes()} bytes of real memory during a rehearsal, in "
+                    f"{' / '.join(current_phase())}: a factory does not name its device"
+                )
+            return
+        size = -(-storage.nbytes() // GRANULE) * GRANULE
+        number = next(self._ids)
+        self._seen[storage] = number
+        self.live += size
+        self._parts[part] += size
+        self.events.append((number, size))
+        weakref.finalize(storage, self._drop, number, size, part)
+        self._mark(0, part)
+
+    def _drop(self, number: int, size: int, part: str) -> None:
+        self.live -= size
+        self._parts[part] -= size
+        self.events.append((number, -size))
+
+    def _mark(self, scratch: int, part: str) -> None:
+        if self.live + scratch <= self.peak:
+            return
+        self.peak = self.live + scratch
+        self.peak_phase = current_phase()
+        self.peak_parts = {name: size for name, size in self._parts.items() if size}
+        if scratch:
+            self.peak_parts[part] = self.peak_parts.get(part, 0) + scratch
+            number = next(self._ids)
+            self.events += [(number, scratch), (number, -scratch)]
+
+
+def part_of(phases: tuple[str, ...]) -> str:
+    """What a storage that appears during these phases is for: one of PARTS."""
+    for name in reversed(phases):
+        if name in ("update", "refresh"):
+            return "update"
+        if name == "hold" or name.startswith("gradient"):
+            return "gradients"
+        if name in ("loss", "batch"):
+            return name
+    return "activations"
+
+
+def _eigh_scratch(matrix: Tensor, *rest: Any) -> int:
+    # Bound for cuSOLVER's syevd in float64: a copy of the matrix and twice its size to work in.
+    return 3 * matrix.numel() * matrix.element_size() if matrix.is_meta else 0
+
+
+def _flash_backward_scratch(grad: Tensor, query: Tensor, *rest: Any) -> int:
+    # flash-attention 2: float32 query gradient, padded to 128 tokens and 32 columns, and row sums.
+    batch, heads, length, width = query.shape
+    tokens, columns = -(-length // 128) * 128, -(-width // 32) * 32
+    return 4 * batch * heads * tokens * (columns + 1)
+
+
+IN_PLACE = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "mul_ add_ sub_ div_ addcmul_ addcdiv_ clamp_ sqrt_ neg_ exp_ copy_ zero_ fill_ addmm_ "
+        "bitwise_and_ bitwise_xor_ nan_to_num_"
+    ).split()
+}
+"""Operators that only overwrite their first argument: on meta there is nothing to do."""
+
+WORKSPACE = {
+    torch.ops.aten._linalg_eigh.default: _eigh_scratch,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch,
+}
+"""Scratch memory of operators that allocate it out of sight, in bytes, from their arguments.
+
+planner.md section 7.1; the tracker adds it at the moment of the call.
+"""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsed update needs; the fields are those of LiveBytes."""
+
+    tensors: int
+    parts: dict[str, int]
+    instant: str
+    events: list[tuple[int, int]]
+
+
+def rehearse(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    choice: Choice,
+    seq_len: int,
+    *,
+    attention: str,
+    workspace: int = 0,
+    blocks: int | None = None,
+) -> Rehearsal:
+    """Run updates and an evaluation batch on meta and return their peak.
+
+    attention: the operator that the planned device will use. workspace: bytes that libraries hold
+    throughout. blocks: another depth than the model's own, for an estimate: one update, while the
+    whole model runs two, so that nothing that appears later goes unseen.
+    """
+    if blocks is not None:
+        model = model.model_copy(update={"num_hidden_layers": blocks})
+    tracker = LiveBytes("meta")
+    weights = DTYPES[choice.weights]
+    llama = Llama(
+        model, dtype=weights, device="meta", recompute=choice.recompute, attention=attention
+    )
+    parameters = dict(llama.named_parameters())
+    owner = build_optimizer(
+        optimizer, parameters, llama.roles(), mode=choice.update, seed=0
+    )
+    owner.attach(llama)
+    track_persistent(tracker, llama, owner)
+    if workspace:
+        tracker.track([torch.empty(workspace, dtype=torch.uint8, device="meta")], "workspace")
+    with tracker:
+        for _ in range(2 if blocks is None else 1):
+            _update(llama, owner, choice, seq_len)
+        inputs, targets = _batch(choice.micro_batch, seq_len)
+        llama.loss_sum(inputs, targets)
+    return Rehearsal(
+        tracker.peak, _ordered(tracker.peak_parts), sentence(tracker.peak_phase), tracker.events
+    )
+
+
+def track_persistent(tracker: LiveBytes, model: Llama, optimizer: Optimizer) -> None:
+    """Count weights and states, which live as long as the run."""
+    tracker.track(dict(model.named_parameters()), "weights")
+    for key, value in optimizer.state_tensors():
+        tracker.track([value], "projections" if key.endswith("/basis") else "states")
+        if key.endswith(".codes"):
+            tracker.track(lookup_tables(str(value.device)), "states")
+
+
+def _update(model: Llama, optimizer: Optimizer, choice: Choice, seq_len: int) -> None:
+    count = min(choice.accumulate, 2)  # a third micro-batch adds nothing new
+    gather(
+        model,
+        optimizer,
+        (_batch(choice.micro_batch, seq_len) for _ in range(count)),
+        count=count,
+        tokens=1,
+        lr=0.0,
+        clip=choice.clip,
+    )
+    optimizer.step()
+
+
+def _batch(rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    shape = (rows, seq_len)
+    return (
+        torch.empty(shape, dtype=torch.int64, device="meta"),
+        torch.empty(shape, dtype=torch.int64, device="meta"),
+    )
+
+
+def _ordered(parts: Mapping[str, int]) -> dict[str, int]:
+    return {name: parts[name] for name in PARTS if parts.get(name)}
+
+
+def sentence(phases: tuple[str, ...]) -> str:
+    """The moment as people say it: "backward of block 32, gradient of mlp.down"."""
+    return ", ".join(dict.fromkeys(phases)) or "before the first update"

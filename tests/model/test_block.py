@@ -1,0 +1,131 @@
+"""What lives at each moment of a block, on the meta device, against sums over the shapes."""
+
+import resource
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lowmem.config.schema import Level, ModelConfig
+from lowmem.model.llama import Llama
+from lowmem.phases import current_phase
+
+
+def rounded(count: int) -> int:
+    return -(-count // 512) * 512
+
+
+class LiveBytes(TorchDispatchMode):
+    """Largest sum of the storages made inside, by phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Any = WeakIdKeyDictionary()
+        self.live = 0
+        self.peak: dict[str, int] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        name = "/".join(current_phase())
+        self.peak[name] = max(self.peak.get(name, 0), self.live)
+        return made
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.seen or not storage.nbytes():
+            return
+        size = rounded(storage.nbytes())
+        self.seen[storage] = size
+        self.live += size
+        weakref.finalize(storage, self.drop, size)
+
+    def drop(self, size: int) -> None:
+        self.live -= size
+
+
+def rehearse(config: ModelConfig, rows: int, length: int, level: Level) -> LiveBytes:
+    """One forward and backward that throws every gradient away."""
+    model = Llama(config, dtype=torch.bfloat16, device="meta", recompute=level, attention="flash")
+    model.on_gradient = lambda name, gradient: None
+    inputs, targets = (
+        torch.empty(rows, length, dtype=torch.int64, device="meta") for _ in range(2)
+    )
+    tracker = LiveBytes()
+    for known in (*model.parameters(), inputs, targets, *model._rotation(length)):
+        tracker.seen[known.untyped_storage()] = 0
+    with tracker:
+        model.loss(inputs, targets, inputs.numel()).backward()
+    return tracker
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return ModelConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=256,
+    )
+
+
+@pytest.mark.parametrize("level", ["keep", "attn", "full"])
+def test_the_backward_of_a_block_holds_what_the_order_promises(
+    config: ModelConfig, level: Level
+) -> None:
+    rows, length = 2, 256
+    tracker = rehearse(config, rows, length, level)
+    n, h, f, kv = rows * length, 512, 1408, 128
+    x, k, wide = rounded(2 * n * h), rounded(2 * n * kv), rounded(2 * n * f)
+    statistic, gate = rounded(4 * n), rounded(2 * h * f)
+    attention = statistic + 2 * x + 2 * k + rounded(4 * n * 8) + 1024
+    mlp = statistic + 2 * wide
+    below = {"keep": 2 * x + attention + mlp, "attn": 2 * x + attention, "full": x}[level]
+    scalars = 1024  # the loss and its gradient
+    full = 3 * x + attention + mlp + scalars
+    expected = {
+        "mlp.down": full + wide + gate,
+        "mlp.up": full + 2 * x + gate,
+        "mlp.gate": full - wide + 2 * x + gate,
+        "attention.o": 3 * x + attention + rounded(2 * h * h) + scalars,
+        "attention.v": 5 * x + statistic + 2 * k + rounded(2 * h * kv) + scalars,
+    }
+    for block in (1, 2, 3):
+        for role, size in expected.items():
+            measured = tracker.peak[f"backward of block {block}/gradient of {role}"]
+            assert measured == (block - 1) * below + size, (block, role)
+
+
+def test_nothing_is_left_when_the_backward_is_done(config: ModelConfig) -> None:
+    tracker = rehearse(config, 2, 64, "keep")
+    assert tracker.live == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "flash", "efficient"])
+def test_seven_billion_parameters_on_meta_cost_no_memory(backend: str) -> None:
+    config = ModelConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = Llama(config, dtype=torch.bfloat16, device="meta", attention=backend)
+    model.initialise(0)
+    tokens = torch.empty(1, 2048, dtype=torch.int64, device="meta")
+    model.loss(tokens, tokens, 2048).backward()
+    model.loss_sum(tokens, tokens)
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+    # KiB; one of its matrices would take 86 MiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024

@@ -1,0 +1,187 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lowmem.config.schema import ModelConfig, RopeScaling
+from lowmem.errors import CheckpointError, ConfigError
+from lowmem.model.huggingface import (
+    huggingface_config,
+    load_folder,
+    model_config_from_huggingface,
+    save_folder,
+)
+from lowmem.model.llama import Llama
+
+TOKENS = torch.arange(24).reshape(2, 12)
+FIELDS: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 53,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "head_dim": 8,
+    "initializer_range": 0.1,
+}
+LLAMA3 = RopeScaling(type="llama3", factor=4.0, original_max_position_embeddings=16)
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 5000.0},
+    "linear": {"rope_scaling": RopeScaling(type="linear", factor=2.0)},
+    "tokens": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
+
+
+def small(**changes: Any) -> Llama:
+    model = Llama(ModelConfig(**{**FIELDS, **changes}), dtype=torch.float32, device="cpu")
+    model.initialise(0)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_reads_a_saved_folder(shape: str, tmp_path: Path) -> None:
+    ours = small(**SHAPES[shape])
+    save_folder(ours, tmp_path)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    with torch.no_grad():
+        # float32, two blocks, logits of size 1
+        torch.testing.assert_close(ours.logits(TOKENS), theirs(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_saved_folder_is_read_back_unchanged(shape: str, tmp_path: Path) -> None:
+    ours = small(**SHAPES[shape])
+    save_folder(ours, tmp_path)
+    again = load_folder(tmp_path, torch.float32, "cpu", recompute="attn")
+    assert again.config == ours.config
+    assert again.recompute == "attn"
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["1GB", "10KB"])
+def test_a_folder_of_transformers_is_read(tied: bool, shard: str, tmp_path: Path) -> None:
+    theirs = LlamaForCausalLM(LlamaConfig(**FIELDS, tie_word_embeddings=tied))
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "10KB")
+    ours = load_folder(tmp_path, torch.float32, "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(TOKENS), theirs(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+def test_weights_are_cast_to_the_wanted_dtype(tmp_path: Path) -> None:
+    ours = small()
+    save_folder(ours, tmp_path)
+    rough = load_folder(tmp_path, torch.bfloat16, "cpu")
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(rough.get_parameter(name), parameter.bfloat16())
+
+
+def test_the_tokenizer_writes_into_the_folder(tmp_path: Path) -> None:
+    save_folder(small(), tmp_path / "new", lambda folder: (folder / "t").touch())
+    assert (tmp_path / "new" / "t").exists()
+    generation = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+    assert generation == {"_from_model_config": True}
+
+
+def damage(folder: Path, how: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    match how:
+        case "config.json is no JSON":
+            (folder / "config.json").write_text("{")
+        case "model.safetensors is missing":
+            (folder / "model.safetensors").unlink()
+        case "cannot read":
+            whole = (folder / "model.safetensors").read_bytes()
+            (folder / "model.safetensors").write_bytes(whole[:-50])
+        case "down_proj.weight has shape":
+            config["intermediate_size"] = 54
+            (folder / "config.json").write_text(json.dumps(config))
+        case "no tensor for model.layers.2":
+            config["num_hidden_layers"] = 3
+            (folder / "config.json").write_text(json.dumps(config))
+        case "model.layers.1":
+            config["num_hidden_layers"] = 1
+            (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "config.json is no JSON",
+        "model.safetensors is missing",
+        "cannot read",
+        "down_proj.weight has shape",
+        "no tensor for model.layers.2",
+        "model.layers.1",
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(how: str, tmp_path: Path) -> None:
+    save_folder(small(), tmp_path)
+    damage(tmp_path, how)
+    match = "has shape" if how.endswith("has shape") else how
+    with pytest.raises(CheckpointError, match=match):
+        load_folder(tmp_path, torch.float32, "cpu")
+    shutil.rmtree(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config.json is missing"):
+        load_folder(tmp_path, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_config_survives_the_way_there_and_back(shape: str) -> None:
+    config = small(**SHAPES[shape]).config
+    data = huggingface_config(config, torch.bfloat16)
+    assert data["torch_dtype"] == "bfloat16"
+    assert model_config_from_huggingface(json.loads(json.dumps(data))) == config
+    assert model_config_from_huggingface(LlamaConfig(**data).to_dict()) == config
+
+
+def test_both_ways_to_write_the_rotary_scheme_are_read() -> None:
+    four = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    five = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
+    read = [
+        model_config_from_huggingface({"model_type": "llama", **FIELDS, **form})
+        for form in (four, five)
+    ]
+    assert read[0] == read[1]
+    assert read[0].rope_theta == 5e5
+    assert read[0].rope_scaling == RopeScaling(type="linear", factor=2.0)
+
+
+def test_token_ids_that_are_lists_or_none_are_read() -> None:
+    tokens = {"eos_token_id": [7, 8], "pad_token_id": -1, "bos_token_id": 0}
+    config = model_config_from_huggingface({"model_type": "llama", **FIELDS, **tokens})
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 7, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "mistral"}, "mistral"),
+        ({"model_type": None}, "model_type"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "dynamic"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    ],
+)
+def test_other_models_are_refused_with_their_value(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as error:
+        model_config_from_huggingface({"model_type": "llama", **FIELDS, **change})
+    assert error.value.why
+    assert error.value.fix
