@@ -137,22 +137,30 @@ def load_folder(
     data = _read_json(folder / "config.json")
     config = model_config_from_huggingface(data)
     model = Llama(config, dtype=dtype, device=device, recompute=recompute, attention=attention)
+    load_weights(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: Llama, folder: Path) -> None:
+    """Copy the weights of a Hugging Face folder into `model`, strictly.
+
+    CheckpointError: a file, tensor or shape that does not match, by name.
+    """
     wanted = dict(model.named_parameters())
     missing = set(wanted)
     for name, tensor in _stored(folder):
         if name not in wanted:
-            if not _may_be_skipped(name, config):
+            if not _may_be_skipped(name, model.config):
                 raise _mismatch(folder, f"{name} is no weight of this model")
             continue
         if tensor.shape != wanted[name].shape:
             shapes = f"{tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
             raise _mismatch(folder, f"{name} has shape {shapes}")
-        with torch.no_grad():
-            wanted[name].copy_(tensor)
+        wanted[name].copy_(tensor)
         missing.discard(name)
     if missing:
         raise _mismatch(folder, f"no tensor for {', '.join(sorted(missing)[:5])}")
-    return model
 
 
 def _may_be_skipped(name: str, config: ModelConfig) -> bool:

@@ -1,0 +1,197 @@
+"""Save and restore a run, exactly: complete or absent, by name, without pickle.
+
+checkpoints/step-001000/
+    model/              a Hugging Face folder: weights, config.json, tokenizer, lowmem.json
+    optimizer/          state.safetensors, key "<parameter>/<state key>"
+    state.json          counters of the states, update, tokens, hash of the next batch
+    manifest.json       every other file with size and sha256
+
+There is no generator to save: all randomness is a function of (seed, name, counter).
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem import __version__
+from lowmem.data.batches import Batches
+from lowmem.data.shards import Corpus
+from lowmem.errors import CheckpointError, DataError
+from lowmem.model.huggingface import load_weights, save_folder
+from lowmem.model.llama import Llama
+from lowmem.optim.optimizer import Optimizer
+from lowmem.tensorfile import read_tensors, sha256_of, write_tensors
+from lowmem.train.run import LATEST, Run
+
+SCHEMA_VERSION = 1
+MANIFEST, STATE, STATES = "manifest.json", "state.json", Path("optimizer", "state.safetensors")
+ABOUT = "lowmem.json"  # what a model folder says of its training; transformers ignores it
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: updates done and target tokens seen."""
+
+    update: int = 0
+    tokens: int = 0
+
+
+def save(
+    run: Run, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus, at: Position
+) -> Path:
+    """Write the checkpoint of `at` and make it the newest; older ones beyond `keep` go.
+
+    Written under a temporary name, synced, renamed: what has its final name is complete.
+    """
+    final = run.folder / "checkpoints" / f"step-{at.update:06d}"
+    work = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(work, ignore_errors=True)
+    save_folder(model, work / "model", corpus.tokenizer().save)
+    _write_json(work / "model" / ABOUT, _about(run, at))
+    (work / STATES).parent.mkdir()
+    write_tensors(work / STATES, list(optimizer.state_tensors()))
+    state = {
+        "schema_version": SCHEMA_VERSION,
+        "lowmem": __version__,
+        "update": at.update,
+        "tokens": at.tokens,
+        "optimizer_updates": optimizer.updates,
+        "numbers": optimizer.state_numbers(),
+        "corpus": corpus.fingerprint,
+        "next_batch": batches.of(at.update).digest(),
+    }
+    _write_json(work / STATE, state)
+    _write_manifest(work)
+    _publish(work, final, run)
+    _prune(run, final)
+    return final
+
+
+def _about(run: Run, at: Position) -> dict[str, Any]:
+    data = run.config.data
+    source = os.path.relpath(data.source) if Path(data.source).exists() else data.source
+    return {"lowmem": __version__, "seq_len": data.seq_len, "source": source, "update": at.update}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    _write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, "files": files})
+
+
+def _publish(work: Path, final: Path, run: Run) -> None:
+    """Sync everything, give it its name, then point `latest` at it."""
+    for path in [*work.rglob("*"), work]:
+        _sync(path)
+    if final.exists():  # a run that was continued from an earlier checkpoint comes by again
+        shutil.rmtree(final)
+    work.rename(final)
+    _sync(final.parent)
+    pointer = run.folder / f"{LATEST}.tmp"
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    _sync(pointer)
+    pointer.replace(run.folder / LATEST)
+    _sync(run.folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _prune(run: Run, newest: Path) -> None:
+    """Remove what is older than the newest `keep`; later ones belong to an abandoned future."""
+    complete = sorted(newest.parent.glob("step-*"))
+    older = [path for path in complete if path.name < newest.name]
+    for path in older[: max(0, len(older) - run.config.checkpoint.keep + 1)]:
+        shutil.rmtree(path)
+    for path in newest.parent.glob(".tmp-*"):
+        shutil.rmtree(path)
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its manifest; CheckpointError names the first."""
+    manifest = _read_json(folder / MANIFEST)
+    for name, expected in manifest.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(folder, f"{path} is missing")
+        if path.stat().st_size != expected["size"]:
+            size = path.stat().st_size
+            raise _damaged(folder, f"{path} has {size} bytes instead of {expected['size']}")
+        if sha256_of(path) != expected["sha256"]:
+            raise _damaged(folder, f"{path} is damaged: its sha256 is not that of the manifest")
+
+
+def restore(
+    folder: Path, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus
+) -> Position:
+    """Put a checkpoint back into a model and an optimizer of the same shape.
+
+    CheckpointError: damaged, incomplete, or of another model or method. DataError: the tokens that
+    come next are not those of the run.
+    """
+    verify(folder)
+    state = _read_json(folder / STATE)
+    if state.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{folder} has schema version {state.get('schema_version')}",
+            f"this lowmem {__version__} reads version {SCHEMA_VERSION}",
+            f"use lowmem {state.get('lowmem')}",
+        )
+    load_weights(model, folder / "model")
+    optimizer.restore(
+        read_tensors(folder / STATES), state["numbers"], state["optimizer_updates"]
+    )
+    at = Position(state["update"], state["tokens"])
+    if batches.of(at.update).digest() != state["next_batch"]:
+        raise DataError(
+            f"the batch of update {at.update} is not the one that {folder} expects",
+            f"the corpus is {corpus.fingerprint[:12]}, the run began with {state['corpus'][:12]}",
+            "restore the text and the tokenizer the run began with",
+        )
+    return at
+
+
+def export(path: Path, out: Path) -> None:
+    """Copy the Hugging Face folder of a run or checkpoint to `out`, verified."""
+    source = path
+    if not (path / "config.json").is_file():
+        checkpoint = path if (path / MANIFEST).is_file() else Run.open(path).latest()
+        verify(checkpoint)
+        source = checkpoint / "model"
+    shutil.copytree(source, out, dirs_exist_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path.parent, f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise _damaged(path.parent, f"{path} is no JSON object")
+    return content
+
+
+def _damaged(folder: Path, what: str) -> CheckpointError:
+    others = sorted(p.name for p in folder.parent.glob("step-*") if p.name != folder.name)
+    fix = "restore the file from a copy"
+    if others:
+        fix = f"continue from an older one: lowmem resume {folder.parent / others[-1]}"
+    return CheckpointError(what, "a checkpoint is used whole or not at all", fix)

@@ -1,0 +1,126 @@
+"""Validation: the mean loss per target token, every token counted once."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowmem.data.batches import validation_batches
+from lowmem.data.shards import Corpus, TokenStream
+from lowmem.errors import CheckpointError, DataError, HardwareError
+from lowmem.model.huggingface import load_folder
+from lowmem.model.llama import Llama
+from lowmem.train.checkpoint import ABOUT, MANIFEST
+from lowmem.train.run import Run
+
+TOKENS_AT_ONCE = 4096  # per forward pass; keeps nothing, so the size matters little
+LONGEST = 1024  # sequence length of a folder that does not say how it was trained
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats per token."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    seconds: float
+
+
+def evaluate(
+    model: Llama, stream: TokenStream, *, seq_len: int, tokens: int | None
+) -> Evaluation:
+    """Loss over the first `tokens` targets of a stream, all of them if None.
+
+    Windows of seq_len tokens in order, the last one as long as it is; sums in float64.
+    """
+    began = time.perf_counter()
+    device = model.head_weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    count = 0
+    rows = max(1, TOKENS_AT_ONCE // seq_len)
+    for inputs, targets in validation_batches(stream, seq_len, rows, tokens):
+        total += model.loss_sum(inputs.to(device), targets.to(device))
+        count += int((targets >= 0).sum())
+    loss = total.item() / count
+    seconds = time.perf_counter() - began
+    return Evaluation(loss, perplexity(loss), count, seconds)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is more than a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def validation_of(corpus: Corpus) -> TokenStream:
+    """The validation part. DataError if the corpus has none."""
+    if corpus.validation is None:
+        raise DataError(
+            f"{corpus.folder} has no validation part",
+            "it was prepared from too little text",
+            "add a file with `validation` in its name",
+        )
+    return corpus.validation
+
+
+def evaluate_folder(
+    path: Path, corpus: Corpus, *, tokens: int | None, seq_len: int | None, device: str
+) -> Evaluation:
+    """Evaluate a run, a checkpoint or any Hugging Face LLaMA folder in its own dtype.
+
+    seq_len: that of its training when None. HardwareError: a device that is not there.
+    """
+    folder = _model_folder(path)
+    config = _json_of(folder / "config.json")
+    dtype = _dtype_of(config)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HardwareError("--device cuda: there is no CUDA device", "", "--device cpu")
+    if device == "cpu" and dtype == torch.float16:
+        dtype = torch.float32
+    model = load_folder(folder, dtype, device)
+    return evaluate(
+        model,
+        validation_of(corpus),
+        seq_len=seq_len or trained_length(folder, model.config.max_position_embeddings),
+        tokens=tokens,
+    )
+
+
+def trained_length(folder: Path, longest: int) -> int:
+    """Sequence length that a model folder was trained with, if it says so."""
+    if (folder / ABOUT).is_file():
+        return int(_json_of(folder / ABOUT)["seq_len"])
+    return min(LONGEST, longest)
+
+
+def _model_folder(path: Path) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    return (path if (path / MANIFEST).is_file() else Run.open(path).latest()) / "model"
+
+
+def _json_of(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read", str(error), "copy the folder anew") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _dtype_of(config: dict[str, object]) -> torch.dtype:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    dtypes = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in dtypes:
+        raise CheckpointError(
+            f"weights of dtype {name!r}", f"allowed: {', '.join(dtypes)}", "convert the weights"
+        )
+    return dtypes[name]

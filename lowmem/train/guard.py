@@ -1,0 +1,58 @@
+"""What can happen to a run from outside or within: signals, and a loss that is no number."""
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lowmem.errors import DivergedError
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop, and how."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn the first SIGINT, SIGTERM or SIGUSR1 into a request; a second SIGINT interrupts at once.
+
+    Signals can only be handled in the main thread; elsewhere requests never come.
+    """
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number).name
+
+    wanted = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+    numbers = [getattr(signal, name) for name in wanted if hasattr(signal, name)]
+    try:
+        before = {number: signal.signal(number, handle) for number in numbers}
+    except ValueError:
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def require_finite(update: int, loss: float, norm: float, mode: str) -> None:
+    """DivergedError if the loss or the gradient norm is not finite; call before the step."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    made = "weights changed during backward" if mode == "fused" else "the update was not made"
+    raise DivergedError(
+        f"update {update}: loss {loss}, gradient norm {norm}",
+        f"a number that is not finite; {made}, and nothing was saved after it",
+        "lowmem resume continues from the newest checkpoint; start anew with a lower --lr or --clip",
+    )

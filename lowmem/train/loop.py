@@ -1,0 +1,238 @@
+"""The training loop, whole: what happens in an update stands in `train`."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem.config.defaults import rows_of
+from lowmem.config.presets import resolve_model
+from lowmem.config.schema import Config, settled
+from lowmem.data.batches import Batches, UpdateBatch
+from lowmem.data.shards import Corpus, TokenStream
+from lowmem.errors import DataError, HardwareError, Stopped
+from lowmem.model.llama import Llama
+from lowmem.optim.assign import build_optimizer
+from lowmem.optim.optimizer import Optimizer
+from lowmem.optim.step import gather
+from lowmem.planner.plan import Plan
+from lowmem.planner.rehearse import DTYPES
+from lowmem.train import checkpoint
+from lowmem.train.checkpoint import Position
+from lowmem.train.evaluate import evaluate, validation_of
+from lowmem.train.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Report,
+    Saved,
+    Started,
+    Stopping,
+    Trained,
+)
+from lowmem.train.guard import require_finite, stop_requests
+from lowmem.train.measure import measured_peak, memory_bytes
+from lowmem.train.run import LATEST, Run
+from lowmem.train.schedule import learning_rate
+
+
+def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) -> Finished:
+    """Train a new run, or continue one from its checkpoint, to its last update.
+
+    plan: its peak is compared with that of the first update. Raises Stopped (exit 75) after a
+    signal, when everything is saved; DivergedError; DataError; CheckpointError.
+    """
+    config, began = run.config, time.perf_counter()
+    report = _recorded(run, report)
+    model, optimizer = build(config)
+    batches = _batches(config, corpus)
+    validation = validation_of(corpus)
+    at = _begin(run, model, optimizer, batches, corpus)
+    updates, rows = settled(config.train.updates), settled(config.train.micro_batch)
+    clip = config.train.clip if isinstance(config.train.clip, float) else None
+    report(_started(run, batches, at))
+
+    with stop_requests() as stop:
+        for update in range(at.update, updates):
+            started = time.perf_counter()
+            batch = batches.of(update)
+            micro_batches = list(batch.micro_batches(rows))
+            lr = learning_rate(config.schedule, settled(config.optimizer.lr), update, updates)
+            with measured_peak(model, optimizer, plan if update == 0 else None, report):
+                loss, norm = gather(
+                    model,
+                    optimizer,
+                    _on_device(micro_batches, model.head_weight.device),
+                    count=len(micro_batches),
+                    tokens=batch.tokens,
+                    lr=lr,
+                    clip=clip,
+                )
+                require_finite(update, loss.item(), norm.item(), optimizer.mode)
+                optimizer.step()
+            at = Position(update + 1, at.tokens + batch.tokens)
+            report(_trained(update, loss, norm, optimizer, at, batch, started))
+            if _due(config.evaluate.every, at.update, updates):
+                report(_evaluated(update, model, validation, config))
+            if stop or _due(config.checkpoint.every, at.update, updates):
+                report(_saved(run, model, optimizer, batches, corpus, at))
+            if stop and at.update < updates:
+                report(Stopping(str(stop.signal)))
+                raise _stopped(run, str(stop.signal), at.update)
+    finished = _finished(run, validation, at, time.perf_counter() - began)
+    report(finished)
+    return finished
+
+
+def build(config: Config) -> tuple[Llama, Optimizer]:
+    """The model, uninitialised, and its optimizer. HardwareError without the device asked for."""
+    device = config.train.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HardwareError(
+            'train.device = "cuda", but there is no CUDA device',
+            "a checkpoint continues exactly only on the kind of device it was made on",
+            "run it where the card is",
+        )
+    model = Llama(
+        resolve_model(config.model, Path.cwd()),
+        dtype=DTYPES[settled(config.train.weights)],
+        device=device,
+        recompute=settled(config.train.recompute),
+    )
+    optimizer = build_optimizer(
+        config.optimizer,
+        dict(model.named_parameters()),
+        model.roles(),
+        mode=settled(config.train.update),
+        seed=config.train.seed,
+    )
+    optimizer.attach(model)
+    return model, optimizer
+
+
+def _batches(config: Config, corpus: Corpus) -> Batches:
+    if corpus.train is None:
+        raise DataError(
+            f"{corpus.folder} has no training part",
+            "every file is named as validation",
+            "add files without `validation` in their names, or use lowmem eval",
+        )
+    return Batches(
+        corpus.train,
+        seq_len=settled(config.data.seq_len),
+        rows_per_update=rows_of(config.train.batch, settled(config.data.seq_len)),
+        seed=config.train.seed,
+    )
+
+
+def _begin(
+    run: Run, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus
+) -> Position:
+    """New weights, or those of the checkpoint; metrics that it does not know are dropped."""
+    if run.start is None and not (run.folder / LATEST).is_file():
+        model.initialise(run.config.train.seed)
+        at = Position()
+    else:
+        at = checkpoint.restore(run.latest(), model, optimizer, batches, corpus)
+    run.forget_after(at.update)
+    return at
+
+
+def _recorded(run: Run, report: Report) -> Report:
+    """`report`, with every event written to the run's files first."""
+
+    def both(event: Event) -> None:
+        run.record(event)
+        report(event)
+
+    return both
+
+
+def _started(run: Run, batches: Batches, at: Position) -> Started:
+    resumed = str(run.latest()) if at.update else None
+    updates = settled(run.config.train.updates)
+    return Started(at.update, updates, batches.of(0).tokens, str(run.folder), resumed)
+
+
+def _on_device(
+    micro_batches: list[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One micro-batch at a time; copied on the CPU too, so that it is counted like elsewhere."""
+    for inputs, targets in micro_batches:
+        yield inputs.to(device, copy=True), targets.to(device, copy=True)
+
+
+def _due(every: int | str, done: int, updates: int) -> bool:
+    """Every so many updates, and at the end; 0 is only at the end."""
+    interval = settled(every)
+    return done == updates or (isinstance(interval, int) and interval > 0 and done % interval == 0)
+
+
+def _trained(
+    update: int,
+    loss: Tensor,
+    norm: Tensor,
+    optimizer: Optimizer,
+    at: Position,
+    batch: UpdateBatch,
+    started: float,
+) -> Trained:
+    seconds = time.perf_counter() - started
+    return Trained(
+        update=update,
+        loss=loss.item(),
+        lr=optimizer.lr,
+        tokens=at.tokens,
+        grad_norm=norm.item(),
+        norm_of=optimizer.norm_of,
+        seconds=seconds,
+        tokens_per_second=batch.tokens / seconds,
+        memory_bytes=memory_bytes(loss.device),
+    )
+
+
+def _evaluated(update: int, model: Llama, validation: TokenStream, config: Config) -> Evaluated:
+    result = evaluate(
+        model,
+        validation,
+        seq_len=settled(config.data.seq_len),
+        tokens=settled(config.evaluate.tokens),
+    )
+    return Evaluated(update, result.loss, result.tokens, result.seconds)
+
+
+def _saved(
+    run: Run,
+    model: Llama,
+    optimizer: Optimizer,
+    batches: Batches,
+    corpus: Corpus,
+    at: Position,
+) -> Saved:
+    started = time.perf_counter()
+    folder = checkpoint.save(run, model, optimizer, batches, corpus, at)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Saved(at.update, str(folder), size, time.perf_counter() - started)
+
+
+def _stopped(run: Run, signal: str, updates: int) -> Stopped:
+    return Stopped(
+        f"stopped by {signal} after {updates} updates; everything is saved",
+        "the update was finished and a checkpoint written",
+        f"lowmem resume {run.folder}",
+    )
+
+
+def _finished(run: Run, validation: TokenStream, at: Position, seconds: float) -> Finished:
+    """The summary; the last evaluation is read back, for a run that was already complete."""
+    losses = [line["eval_loss"] for line in run.metrics() if "eval_loss" in line]
+    return Finished(
+        update=at.update,
+        eval_loss=losses[-1],
+        unigram_loss=validation.unigram_loss(),
+        tokens=at.tokens,
+        seconds=seconds,
+        checkpoint=str(run.latest()),
+    )

@@ -1,0 +1,160 @@
+"""The run directory: what was asked, what was planned, what happened, and where it stands.
+
+runs/NAME/  config.toml  plan.json  env.json  metrics.jsonl  events.jsonl  checkpoints/  latest
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lowmem import __version__
+from lowmem.config.load import load
+from lowmem.config.presets import resolve_model
+from lowmem.config.schema import Config
+from lowmem.config.toml import to_toml
+from lowmem.errors import CheckpointError, ConfigError
+from lowmem.train.events import Event, Metric, to_record
+
+METRICS, EVENTS, LATEST = "metrics.jsonl", "events.jsonl", "latest"
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An existing run folder. start: the checkpoint to continue from instead of the newest."""
+
+    folder: Path
+    config: Config
+    start: Path | None = None
+
+    @staticmethod
+    def create(config: Config, plan: dict[str, Any] | None) -> "Run":
+        """Make the folder of a new run; ConfigError if it exists, and nothing is touched then."""
+        folder = Path(config.run.out) / (config.run.name or _free_name(config))
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError(
+                f"the run folder {folder} exists",
+                "a new run never writes into an old one",
+                f"`lowmem resume {folder}` continues it; --name or --out chooses another",
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"the run folder {folder} cannot be made", str(error), "--out with a writable folder"
+            ) from None
+        config = _self_contained(config, folder.name)
+        (folder / "checkpoints").mkdir()
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        if plan is not None:
+            (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        (folder / "env.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        return Run(folder, config)
+
+    @staticmethod
+    def open(path: Path) -> "Run":
+        """The run at `path`, a run folder or one of its checkpoints. CheckpointError otherwise."""
+        folder, start = path, None
+        if path.resolve().parent.name == "checkpoints":
+            folder, start = path.parent.parent, path
+        if not (folder / "config.toml").is_file():
+            raise CheckpointError(
+                f"{path} is no run" if path.exists() else f"{path} does not exist",
+                "expected a folder with config.toml, as `lowmem train` makes it",
+                "ls runs",
+            )
+        return Run(folder, load({}, [folder / "config.toml"], environ={}).config, start)
+
+    def latest(self) -> Path:
+        """The checkpoint to read: `start`, or the newest complete one. CheckpointError if none."""
+        if self.start is not None:
+            return self.start
+        pointer = self.folder / LATEST
+        name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        if not name or not (self.folder / "checkpoints" / name).is_dir():
+            raise CheckpointError(
+                f"{self.folder} has no complete checkpoint",
+                "the run ended before its first save",
+                f"start it again: lowmem train --config {self.folder / 'config.toml'} --name NEW",
+            )
+        return self.folder / "checkpoints" / name
+
+    def record(self, event: Event) -> None:
+        """Append an event to its file, flushed line by line."""
+        name = METRICS if isinstance(event, Metric) else EVENTS
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(to_record(event)) + "\n")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Every complete line of metrics.jsonl; a line cut by a crash is left out."""
+        path = self.folder / METRICS
+        if not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+    def forget_after(self, updates: int) -> None:
+        """Drop metrics of updates that the checkpoint with `updates` done does not know."""
+        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["update"] < updates]
+        path = self.folder / METRICS
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _free_name(config: Config) -> str:
+    """The first of "llama-60m-galore-1", -2, ... that is not taken."""
+    model = config.model if isinstance(config.model, str) else "model"
+    stem = f"{Path(model).name}-{config.optimizer.method}"
+    number = 1
+    while (Path(config.run.out) / f"{stem}-{number}").exists():
+        number += 1
+    return f"{stem}-{number}"
+
+
+def _self_contained(config: Config, name: str) -> Config:
+    """The configuration without a preset's name or a path that depends on where one stands."""
+    data = config.data
+    absolute = {
+        key: os.path.abspath(value)
+        for key, value in (("source", data.source), ("tokenizer", data.tokenizer))
+        if Path(value).exists()
+    }
+    return config.model_copy(
+        update={
+            "model": resolve_model(config.model, Path.cwd()),
+            "data": data.model_copy(update=absolute),
+            "run": config.run.model_copy(update={"name": name}),
+        }
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, for reading a run later."""
+    import torch
+
+    found: dict[str, Any] = {
+        "lowmem": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "command": sys.argv[1:],
+        "cuda": torch.version.cuda,
+    }
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
