@@ -1,34 +1,59 @@
-"""Head and cross-entropy in one: the logits exist for one slice of tokens at a time.
+"""Head and cross-entropy in one: the logits exist for one slice at a time.
 
     l = x W',   loss = c sum_n (log sum exp l_n - l_n[target_n]),   c: a given scale
     G = c (softmax(l) - onehot),   dx = G W,   dW = G' x
 
-Gradients are made in the same pass, while the slice's logits are there, so nothing of size n x V is
-kept for backward. Exponentials and sums are float32 whatever the dtype of x and W.
+Slices of tokens make everything in one pass over the logits, but dW is a sum over the slices.
+Slices of the vocabulary make each part of dW once and in its place, but need the sum of exponentials
+of all slices first, and so make the logits twice. Exponentials and sums are float32 whatever the
+dtype of x and W.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 SLICE_ELEMENTS = 2**24  # of logits that exist at a time, and of products on their way to dW
+FEWEST_ROWS, MOST_ROWS = 256, 4096  # of W in a slice: fewer are slow, more only take memory
+LARGE_WEIGHT = 2**25  # elements
 IGNORED = -100  # a target that is no target
+
+Made = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, scale: float, with_gradients: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Made:
     """(loss, dx, dW): x (n, h), weight (V, h), targets (n) int64 of which -100 are skipped.
 
     loss: the scaled sum as a float32 scalar. dx, dW: None without gradients; in the dtype of x and
-    W, though several slices of a lower dtype are summed in float32.
+    W, though what is summed over slices in a lower dtype is summed in float32.
     """
+    form = by_vocabulary if slices_vocabulary(weight) else by_tokens
+    return form(x, weight, targets, scale, with_gradients)
+
+
+def slices_vocabulary(weight: Tensor) -> bool:
+    """Whether W is sliced instead of x: when it is large and of a low precision.
+
+    There a float32 sum of dW and its cast, three times the bytes of W, would be the peak of the
+    whole update. A smaller sum is not worth making the logits twice, and float32 needs no cast.
+    """
+    return weight.element_size() < 4 and weight.numel() > LARGE_WEIGHT
+
+
+def by_tokens(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: float, with_gradients: bool
+) -> Made:
+    """One pass over slices of tokens."""
     rows = max(1, SLICE_ELEMENTS // weight.shape[0])
     parts = list(zip(x.split(rows), targets.split(rows), strict=True))
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
     grad_x = torch.empty_like(x) if with_gradients else None
     grad_weight = None
     for index, (part, wanted) in enumerate(parts):
-        logits = (part @ weight.t()).float()
+        logits = _logits(part, weight)
         losses, total = _token_losses(logits, wanted)
         loss += losses.sum()
         if grad_x is not None:
@@ -43,6 +68,10 @@ def linear_cross_entropy(
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
     return loss.mul_(scale), grad_x, grad_weight
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    return (x @ weight.t()).float()
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,3 +105,49 @@ def _accumulate(
     for part, columns in zip(total.split(rows), grad.split(rows, dim=1), strict=True):
         part.add_(columns.t() @ x, alpha=scale)
     return total
+
+
+def by_vocabulary(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: float, with_gradients: bool
+) -> Made:
+    """Two passes over slices of the vocabulary: the sums of exponentials, then the gradients."""
+    rows = min(MOST_ROWS, max(FEWEST_ROWS, SLICE_ELEMENTS // max(1, len(x))))
+    targets = targets.unsqueeze(1)
+    ignored = targets == IGNORED
+    log_total = x.new_full(targets.shape, -math.inf, dtype=torch.float32)
+    # NaN until the slice with the target comes: one outside the vocabulary does not go unseen.
+    picked = torch.full_like(log_total, math.nan)
+    for start, part in zip(range(0, len(weight), rows), weight.split(rows), strict=True):
+        _add_to_totals(log_total, picked, _logits(x, part), targets - start)
+    loss = picked.neg_().add_(log_total).masked_fill_(ignored, 0).sum().mul_(scale)
+    if not with_gradients:
+        return loss, None, None
+    log_total.masked_fill_(ignored, math.inf)  # no target: softmax and gradient are zero
+    grad_x = torch.zeros_like(x, dtype=torch.float32)
+    grad_weight = torch.empty_like(weight)
+    for start, part in zip(range(0, len(weight), rows), weight.split(rows), strict=True):
+        grad = _softmax_less_onehot(_logits(x, part), log_total, targets - start).to(x.dtype)
+        grad_weight[start : start + rows].addmm_(grad.t(), x, beta=0, alpha=scale)
+        grad_x.add_(grad @ part, alpha=scale)
+        del grad
+    return loss, grad_x.to(x.dtype), grad_weight
+
+
+def _add_to_totals(log_total: Tensor, picked: Tensor, logits: Tensor, wanted: Tensor) -> None:
+    """Take a slice's logits into log_total and picked, all (n, 1) but `logits`, which is spoilt.
+
+    wanted: the target's column in this slice, outside of it where the target is elsewhere.
+    """
+    column = wanted.clamp(0, logits.shape[1] - 1)
+    picked.copy_(torch.where(column == wanted, logits.gather(1, column), picked))
+    largest = logits.amax(1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    torch.logaddexp(log_total, total.log_().add_(largest), out=log_total)
+
+
+def _softmax_less_onehot(logits: Tensor, log_total: Tensor, wanted: Tensor) -> Tensor:
+    """exp(logits - log_total) - onehot of a slice, in place."""
+    softmax = logits.sub_(log_total).exp_()
+    column = wanted.clamp(0, softmax.shape[1] - 1)
+    hit = (column == wanted).to(softmax.dtype)
+    return softmax.scatter_(1, column, softmax.gather(1, column).sub_(hit))

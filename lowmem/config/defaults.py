@@ -16,7 +16,7 @@ SEQ_LEN = 256  # the papers' C4 protocol
 PAPER_BATCH = 512  # sequences per update in the same protocol
 TOKENS_PER_PARAMETER = 20  # arXiv:2203.15556, section 3
 SAMPLE_BATCH = {"cuda": 32, "cpu": 8}  # the sample corpus is small
-SAMPLE_UPDATES = {"cuda": 1000, "cpu": 250}
+SAMPLE_UPDATES = {"cuda": 1000, "cpu": 500}
 EVAL_TOKENS = {"cuda": 10_000_000, "cpu": 100_000}
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lowmem.optim.optimizer import Optimizer
@@ -33,12 +32,14 @@ def gather(
     and `optimizer.step()` is next; in `fused` mode the weights have already moved.
     """
     optimizer.begin(lr, count)
-    losses = []
+    total: Tensor | None = None
     for inputs, targets in micro_batches:
         loss = model.loss(inputs, targets, tokens)
         loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
+        total = loss.detach() if total is None else total.add_(loss.detach())
+        del loss  # so that every micro-batch finds the same memory
     norm = optimizer.norm()
     if clip is not None:
         optimizer.clip(norm, clip)
-    return torch.stack(losses).sum(), norm
+    assert total is not None, "an update needs a micro-batch"
+    return total, norm

@@ -50,12 +50,14 @@ PARTS = (
 class LiveBytes(TorchDispatchMode):
     """Bytes of live storages, by part, each rounded up to 512, with the peak and its moment.
 
-    events: (id, +bytes) when a storage appears, (id, -bytes) when it dies: for the allocator.
+    scratch: add what CUDA operators allocate out of sight. events: (id, +bytes) when a storage
+    appears, (id, -bytes) when it dies: for the allocator.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, scratch: bool = False) -> None:
         super().__init__()
         self.device_type = device_type
+        self._workspaces = WORKSPACE if scratch else {}
         self.events: list[tuple[int, int]] = []
         self.live = 0
         self.peak = 0
@@ -79,7 +81,7 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf, part_of(current_phase()))
-        scratch = WORKSPACE.get(func)
+        scratch = self._workspaces.get(func)
         if scratch is not None:
             self._mark(scratch(*args), "workspace")
         return out
@@ -135,7 +137,7 @@ def part_of(phases: tuple[str, ...]) -> str:
 
 def _eigh_scratch(matrix: Tensor, *rest: Any) -> int:
     # Bound for cuSOLVER's syevd in float64: a copy of the matrix and twice its size to work in.
-    return 3 * matrix.numel() * matrix.element_size() if matrix.is_meta else 0
+    return 3 * matrix.numel() * matrix.element_size()
 
 
 def _flash_backward_scratch(grad: Tensor, query: Tensor, *rest: Any) -> int:
@@ -192,7 +194,7 @@ def rehearse(
     """
     if blocks is not None:
         model = model.model_copy(update={"num_hidden_layers": blocks})
-    tracker = LiveBytes("meta")
+    tracker = LiveBytes("meta", scratch=attention != "cpu")
     weights = DTYPES[choice.weights]
     llama = Llama(
         model, dtype=weights, device="meta", recompute=choice.recompute, attention=attention

@@ -1,7 +1,6 @@
 """Validation: the mean loss per target token, every token counted once."""
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from lowmem.errors import CheckpointError, DataError, HardwareError
 from lowmem.model.huggingface import load_folder
 from lowmem.model.llama import Llama
 from lowmem.train.checkpoint import ABOUT, MANIFEST
+from lowmem.train.events import perplexity
 from lowmem.train.run import Run
 
 TOKENS_AT_ONCE = 4096  # per forward pass; keeps nothing, so the size matters little
@@ -30,9 +30,7 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(
-    model: Llama, stream: TokenStream, *, seq_len: int, tokens: int | None
-) -> Evaluation:
+def evaluate(model: Llama, stream: TokenStream, *, seq_len: int, tokens: int | None) -> Evaluation:
     """Loss over the first `tokens` targets of a stream, all of them if None.
 
     Windows of seq_len tokens in order, the last one as long as it is; sums in float64.
@@ -48,11 +46,6 @@ def evaluate(
     loss = total.item() / count
     seconds = time.perf_counter() - began
     return Evaluation(loss, perplexity(loss), count, seconds)
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is more than a float holds."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def validation_of(corpus: Corpus) -> TokenStream:
@@ -108,7 +101,9 @@ def _json_of(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read", str(error), "copy the folder anew") from None
+        raise CheckpointError(
+            f"{path} cannot be read", str(error), "copy the folder anew"
+        ) from None
     return content if isinstance(content, dict) else {}
 
 

@@ -3,6 +3,7 @@
 `metrics.jsonl` holds one object per `Trained` and `Evaluated`, `events.jsonl` all the others.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,3 +92,8 @@ def to_record(event: Event) -> dict[str, Any]:
     return (
         record if isinstance(event, Metric) else {"event": type(event).__name__.lower(), **record}
     )
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is more than a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf

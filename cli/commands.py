@@ -1,0 +1,294 @@
+"""The surface of the program: every command with its arguments; none imports torch to show help.
+
+What a command does stands in the module of its name, imported when it runs.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem import __version__
+from lowmem.cli.errors import EXIT_CODES
+from lowmem.cli.options import (
+    EVALUATION,
+    SETTINGS,
+    Given,
+    Json,
+    named,
+    with_settings,
+)
+
+_EXITS = " | ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=f"Exit codes: {_EXITS}",
+)
+data = typer.Typer(help="Turn text into token shards, and look at them.")
+config = typer.Typer(help="Show, check and describe configurations.")
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder", show_default=False)]
+Weights = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH",
+        help="a run, one of its checkpoints, or a Hugging Face folder",
+        show_default=False,
+    ),
+]
+Corpus = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="a prepared corpus", show_default=False)
+]
+Tokenizer = Annotated[
+    str,
+    typer.Option(
+        "--tokenizer",
+        metavar="PATH|NAME",
+        help="a folder, a file or a hub name; auto: the sample's",
+    ),
+]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="where to compute")]
+
+
+@app.callback(invoke_without_command=True)
+def lowmem(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """Pretrain LLaMA-style models when the GPU is smaller than the model."""
+    if version:
+        typer.echo(f"lowmem {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def plan(given: Given, json: Json = False) -> None:
+    """Predict the memory of a run and choose what fits; needs no GPU.
+
+    \b
+    Examples:
+      lowmem plan --gpu 24GB --model llama-7b
+      lowmem plan --gpu rtx3060-12gb --model llama-1b --method galore --rank 256
+      lowmem plan --gpu 16GB --model ./my-llama/config.json --json
+    """
+    from lowmem.cli import plan as command
+
+    command.plan(given, as_json=json)
+
+
+def train(
+    given: Given,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="stop after the plan")] = False,
+    json: Json = False,
+) -> None:
+    """Plan and train a new run in ./runs/NAME. Ctrl-C saves and stops.
+
+    \b
+    Examples:
+      lowmem train --gpu 24GB
+      lowmem train --model llama-60m --data ./corpus --updates 10000
+      lowmem train --config run.toml --method adamw --name baseline
+    """
+    from lowmem.cli import train as command
+
+    command.train(given, dry_run=dry_run, as_json=json)
+
+
+def resume(given: Given, run: Run, json: Json = False) -> None:
+    """Continue a run exactly where its last checkpoint stands.
+
+    \b
+    Example:
+      lowmem resume runs/llama-60m-galore-1
+    """
+    from lowmem.cli import resume as command
+
+    command.resume(given, run, as_json=json)
+
+
+def evaluate(given: Given, path: Weights, json: Json = False) -> None:
+    """Loss and perplexity of a model, weighted by tokens.
+
+    \b
+    Examples:
+      lowmem eval runs/llama-60m-galore-1
+      lowmem eval ./my-llama --data ./corpus --eval-tokens 1M --json
+    """
+    from lowmem.cli import evaluate as command
+
+    command.evaluate(given, path, as_json=json)
+
+
+def export(
+    given: Given,
+    path: Weights,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="a new folder", show_default=False)
+    ],
+) -> None:
+    """Write a Hugging Face folder: safetensors, config.json, tokenizer.
+
+    \b
+    Example:
+      lowmem export runs/llama-60m-galore-1 --out hf-out
+    """
+    from lowmem.cli import export as command
+
+    command.export(given, path, out)
+
+
+def sample(
+    given: Given,
+    path: Weights,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="what the text begins with")] = "",
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="tokens to generate")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, metavar="K", help="0 considers all tokens")] = 50,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of the choices")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Generate text from a checkpoint.
+
+    \b
+    Example:
+      lowmem sample runs/llama-60m-galore-1 --prompt "The " --tokens 50
+    """
+    from lowmem.cli import sample as command
+
+    choice = command.Choice(tokens, temperature, top_k, seed)
+    command.sample(given, path, prompt, choice, device=device, as_json=json)
+
+
+def methods(
+    given: Given,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="one method", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the methods, or show what one is composed of and its arguments.
+
+    \b
+    Example:
+      lowmem methods galore
+    """
+    from lowmem.cli import methods as command
+
+    command.methods(given, name, as_json=json)
+
+
+def doctor(given: Given, json: Json = False) -> None:
+    """What this machine offers: versions, device, cache, variables. For bug reports."""
+    from lowmem.cli import doctor as command
+
+    command.doctor(given, as_json=json)
+
+
+def prepare(
+    given: Given,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="text, .jsonl(.gz), .parquet, a folder, or c4"),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="default: in the cache"),
+    ] = None,
+    tokenizer: Tokenizer = "auto",
+    text_key: Annotated[
+        str, typer.Option(metavar="KEY", help="of a JSON line or column that holds text")
+    ] = "text",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="count unreadable lines instead of failing")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="processes; default: one a core")
+    ] = None,
+    max_tokens: Annotated[
+        str | None, typer.Option(metavar="200M", help="stop after so many tokens")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Turn text into memory-mapped token shards; an interrupted run continues.
+
+    \b
+    Examples:
+      lowmem data prepare ./c4/en --tokenizer ./t5-base --out ./corpus
+      lowmem data prepare notes.txt
+    """
+    from lowmem.cli import data as command
+
+    request = command.Request(source, out, tokenizer, text_key, skip_bad, workers, max_tokens)
+    command.prepare(given, request, as_json=json)
+
+
+def info(given: Given, folder: Corpus, json: Json = False) -> None:
+    """What a corpus holds: tokens, documents, tokenizer, shards."""
+    from lowmem.cli import data as command
+
+    command.info(given, folder, as_json=json)
+
+
+def verify(given: Given, folder: Corpus) -> None:
+    """Compare every shard with the sha256 in the manifest."""
+    from lowmem.cli import data as command
+
+    command.verify(given, folder)
+
+
+def show(
+    given: Given,
+    origin: Annotated[bool, typer.Option("--origin", help="where each value came from")] = False,
+    json: Json = False,
+) -> None:
+    """Print the configuration that these flags, variables and files give.
+
+    \b
+    Example:
+      lowmem config show --config run.toml --rank 64 --origin
+    """
+    from lowmem.cli import config as command
+
+    command.show(given, origin=origin, as_json=json)
+
+
+def check(
+    given: Given,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="TOML files")],
+) -> None:
+    """Check configuration files, each by itself."""
+    from lowmem.cli import config as command
+
+    command.check(given, files)
+
+
+def schema(given: Given) -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    from lowmem.cli import config as command
+
+    command.schema(given)
+
+
+RUNS, LOOK = "Runs", "Data, configuration, machine"
+app.command("plan", rich_help_panel=RUNS)(with_settings(plan, SETTINGS, files=True))
+app.command("train", rich_help_panel=RUNS)(with_settings(train, SETTINGS, files=True))
+app.command("resume", rich_help_panel=RUNS)(with_settings(resume))
+app.command("eval", rich_help_panel=RUNS)(with_settings(evaluate, named(*EVALUATION)))
+app.command("export", rich_help_panel=RUNS)(with_settings(export))
+app.command("sample", rich_help_panel=RUNS)(with_settings(sample))
+app.command("methods", rich_help_panel=LOOK)(with_settings(methods))
+app.command("doctor", rich_help_panel=LOOK)(with_settings(doctor))
+data.command("prepare")(with_settings(prepare))
+data.command("info")(with_settings(info))
+data.command("verify")(with_settings(verify))
+config.command("show")(with_settings(show, SETTINGS, files=True))
+config.command("check")(with_settings(check))
+config.command("schema")(with_settings(schema))
+app.add_typer(data, name="data", rich_help_panel=LOOK)
+app.add_typer(config, name="config", rich_help_panel=LOOK)

@@ -1,0 +1,217 @@
+"""What a person sees: tables, the plan, and the progress of a run; the only user of rich.
+
+    console = Console(quiet=False)
+    console.plan(plan)                       # stdout: a result
+    with console.progress(updates) as report:
+        train(run, corpus, report)           # stderr: one line per update
+
+Results go to stdout, everything that happens on the way to stderr. Without a terminal there is no
+bar and no colour: lines with a time stamp, at most one update in five seconds.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import rich.console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from lowmem.cli.lines import EventLines
+from lowmem.planner.plan import Candidate, Plan
+from lowmem.train.events import Event, Report, Started, Trained
+from lowmem.units import format_bytes
+
+_PIPE_WIDTH = 120  # tables in a pipe or file, unless COLUMNS says
+
+
+class Console:
+    """stdout for results and stderr for what happens; quiet silences the second."""
+
+    def __init__(
+        self, *, quiet: bool = False, out: TextIO | None = None, err: TextIO | None = None
+    ) -> None:
+        self.quiet = quiet
+        self._out = _rich(out, stderr=False)
+        self._err = _rich(err, stderr=True)
+
+    def say(self, line: str) -> None:
+        """A line about what is going on."""
+        if not self.quiet:
+            self._err.print(line, soft_wrap=True)
+
+    def result(self, line: str) -> None:
+        """A line of the answer."""
+        self._out.print(line, soft_wrap=True)
+
+    def json(self, value: Any) -> None:
+        """The answer for programs."""
+        self._out.file.write(json.dumps(value, indent=2) + "\n")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Aligned columns on stdout; those named ">x" to the right."""
+        self._out.print(_table(columns, rows))
+
+    def plan(self, plan: Plan, *, as_result: bool) -> None:
+        """The choice, where its memory goes, the alternatives and what nobody gave."""
+        target = self._out if as_result else self._err
+        if self.quiet and not as_result:
+            return
+        for line in _card_lines(plan):
+            target.print(line, soft_wrap=True)
+        target.print()
+        wide = target.width >= 120
+        target.print(_candidate_table(plan, wide=wide))
+        for line in [] if wide else _reasons(plan):
+            target.print(line)
+        target.print()
+        target.print(
+            f"Where the {format_bytes(plan.memory.tensors)} of tensors go, {plan.memory.instant}"
+        )
+        target.print(_parts_table(plan))
+        target.print("\nNot given, so chosen" if plan.notes else "")
+        for note in plan.notes:
+            target.print(f"  {note}")
+
+    @contextmanager
+    def progress(self, clock: Callable[[], float] = time.monotonic) -> Iterator[Report]:
+        """A report function that shows a run; a terminal also gets a bar below the lines."""
+        if self.quiet:
+            yield lambda event: None
+        elif self._err.is_terminal and not self._err.is_dumb_terminal:
+            yield from self._live()
+        else:
+            lines = EventLines(interval=5.0, clock=clock, stamp=lambda: time.strftime("%H:%M:%S "))
+            yield lambda event: self._lines(lines.of(event))
+
+    @contextmanager
+    def work(self, what: str) -> Iterator[Callable[[float, float, str], None]]:
+        """Progress of something that is no run: report(done, total, words)."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[words]}"),
+            console=self._err,
+            transient=True,
+            disable=self.quiet or not self._err.is_terminal,
+        )
+        with bar:
+            task = bar.add_task(what, words="")
+            yield lambda done, total, words: bar.update(
+                task, completed=done, total=total, words=words
+            )
+
+    def _lines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._err.print(line, soft_wrap=True)
+
+    def _live(self) -> Iterator[Report]:
+        lines = EventLines(interval=0.0, clock=time.monotonic, stamp=lambda: "")
+        bar = Progress(
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[words]}"),
+            console=self._err,
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task("", words="", total=None)
+
+            def report(event: Event) -> None:
+                self._lines(lines.of(event))
+                if isinstance(event, Started):
+                    bar.update(task, total=event.updates, completed=event.update)
+                elif isinstance(event, Trained):
+                    words = f"eta {lines.remaining()}"
+                    bar.update(task, completed=event.update + 1, words=words)
+
+            yield report
+
+
+def _rich(file: TextIO | None, *, stderr: bool) -> rich.console.Console:
+    # Markup and highlighting would read brackets and numbers in paths and messages.
+    console = rich.console.Console(
+        file=file, stderr=stderr, markup=False, highlight=False, emoji=False
+    )
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH
+    return console
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], gap: int = 2) -> Table:
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, gap, 0, 0),
+        header_style="bold",
+        show_header=any(name.lstrip(">") for name in columns),
+    )
+    for name in columns:
+        right = name.startswith(">")
+        table.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _card_lines(plan: Plan) -> list[str]:
+    card, memory = plan.card, plan.memory
+    verdict = "fits" if plan.fits else "does not fit"
+    return [
+        f"Card    {card.name} ({card.source}): {format_bytes(card.usable_bytes)} usable",
+        f"        = {format_bytes(card.total)} - context {format_bytes(card.context)}"
+        f" - others {format_bytes(card.others)} - margin {format_bytes(card.margin)}",
+        f"Choice  {plan.choice.sentence()}",
+        f"Peak    {format_bytes(memory.reserved)} reserved,"
+        f" {format_bytes(memory.allocated)} allocated,"
+        f" {format_bytes(memory.tensors)} tensors: {verdict}",
+    ]
+
+
+_COLUMNS = ["", "method", ">rank", "states", "weights", "update", "recompute", ">micro", ">peak"]
+
+
+def _candidate_table(plan: Plan, *, wide: bool) -> Table:
+    rows = []
+    for number, candidate in enumerate(plan.candidates, start=1):
+        choice = candidate.choice
+        rank = "-" if choice.rank is None else _rank(choice.rank)
+        micro = f"{choice.micro_batch}x{choice.accumulate}"
+        peak = (">" if candidate.bound else "") + format_bytes(candidate.peak_bytes)
+        row = [_mark(plan, candidate, number), choice.method, rank, choice.states, choice.weights]
+        row += [choice.update, choice.recompute, micro, peak]
+        rows.append([*row, candidate.reason] if wide else row)
+    return _table([*_COLUMNS, "why not"] if wide else _COLUMNS, rows, gap=2 if wide else 1)
+
+
+def _mark(plan: Plan, candidate: Candidate, number: int) -> str:
+    return f">{number}" if candidate.choice == plan.choice else f" {number}"
+
+
+def _rank(rank: Any) -> str:
+    if isinstance(rank, dict):
+        return "/".join(str(value) for value in rank.values())
+    return str(rank)
+
+
+def _reasons(plan: Plan) -> list[str]:
+    return [
+        f"{number:2}: {candidate.reason}"
+        for number, candidate in enumerate(plan.candidates, start=1)
+        if candidate.reason
+    ]
+
+
+def _parts_table(plan: Plan) -> Table:
+    total = max(1, plan.memory.tensors)
+    parts = sorted(plan.memory.parts.items(), key=lambda part: -part[1])
+    rows = [
+        [f"  {name}", format_bytes(size), f"{size / total:.0%}", "#" * round(30 * size / total)]
+        for name, size in parts
+        if size
+    ]
+    return _table(["", ">", ">", ""], rows)

@@ -1,0 +1,47 @@
+"""Errors as a user reads them: what, why, fix on stderr, and the exit code.
+
+error: run folder runs/a exists (exit 2)
+  it holds a run of yesterday
+  fix: lowmem resume runs/a
+"""
+
+import sys
+import traceback
+
+from lowmem.errors import LowMemError
+
+EXIT_CODES = {
+    0: "ok",
+    1: "bug",
+    2: "usage or configuration",
+    3: "plan does not fit",
+    4: "data",
+    5: "checkpoint",
+    6: "diverged",
+    7: "out of memory",
+    8: "hardware or dependency",
+    75: "stopped, can be resumed",
+    130: "interrupted",
+}
+
+
+def tell(error: LowMemError) -> int:
+    """Print the error's three parts; return its exit code."""
+    word = "stopped" if error.exit_code == 75 else "error"
+    lines = [f"{word}: {error.what} (exit {error.exit_code})"]
+    lines += [f"  {line}" for line in error.why.splitlines()]
+    first, *more = error.fix.splitlines() or [""]
+    lines += [f"  fix: {first}"] if first else []
+    lines += [f"       {line}" for line in more]
+    print("\n".join(lines), file=sys.stderr)
+    return error.exit_code
+
+
+def tell_bug(error: Exception, *, traced: bool) -> int:
+    """An exception that nobody foresaw: what it was and how to report it. Exit code 1."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{frame.filename}:{frame.lineno}"
+    summary = f"{type(error).__name__}: {error}".partition("\n")[0]
+    fix = "please report the traceback above" if traced else "repeat with -v for the traceback"
+    bug = LowMemError(f"bug: {summary}", f"at {place}", f"{fix}, with `lowmem doctor`")
+    return tell(bug)

@@ -1,0 +1,62 @@
+"""`lowmem eval`: token-weighted loss of a run, a checkpoint or a Hugging Face folder."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from lowmem.cli.console import Console
+from lowmem.cli.options import Given
+from lowmem.cli.settings import loaded
+from lowmem.cli.train import corpus_of
+from lowmem.cli.weights import model_folder, run_of
+from lowmem.config.schema import Config, DataConfig
+from lowmem.train.checkpoint import ABOUT
+from lowmem.train.evaluate import evaluate_folder
+
+
+def evaluate(given: Given, path: Path, *, as_json: bool) -> None:
+    """Evaluate on the run's own data, or on --data; other folders default to `sample`."""
+    console = Console(quiet=given.quiet)
+    model = model_folder(path)
+    config = _config(given, path, model, console)
+    console.say(f"data {config.data.source}, tokenizer {config.data.tokenizer}")
+    corpus = corpus_of(config, console)
+    tokens, seq_len = config.evaluate.tokens, config.data.seq_len
+    result = evaluate_folder(
+        path,
+        corpus,
+        tokens=tokens if isinstance(tokens, int) else None,
+        seq_len=seq_len if isinstance(seq_len, int) else None,
+        device=config.train.device,
+    )
+    if as_json:
+        console.json({"schema_version": 1, "path": str(path), **asdict(result)})
+    else:
+        console.result(
+            f"loss {result.loss:.4f}  perplexity {result.perplexity:.5g}"
+            f"  {result.tokens:,} tokens  {result.seconds:.1f} s"
+        )
+
+
+def _config(given: Given, path: Path, model: Path, console: Console) -> Config:
+    """What was given, on top of the run's own data or of the folder's own tokenizer."""
+    result = loaded(given, console)
+    chosen = {
+        name: getattr(result.config.data, name)
+        for name in DataConfig.model_fields
+        if result.origins[f"data.{name}"] != "default"
+    }
+    run = run_of(path)
+    own = run.config.data if run is not None else _data_of(model)
+    data = own.model_copy(update=chosen)
+    return result.config.model_copy(update={"model": str(model), "data": data})
+
+
+def _data_of(model: Path) -> DataConfig:
+    """The data of an exported model, if it says so, and a folder's own tokenizer."""
+    own: dict[str, str] = {}
+    if (model / "tokenizer.json").is_file():
+        own["tokenizer"] = str(model)
+    if (model / ABOUT).is_file():
+        own["source"] = json.loads((model / ABOUT).read_text(encoding="utf-8"))["source"]
+    return DataConfig.model_validate(own)

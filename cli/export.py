@@ -1,0 +1,22 @@
+"""`lowmem export`: a folder that transformers loads."""
+
+from pathlib import Path
+
+from lowmem.cli.console import Console
+from lowmem.cli.options import Given
+from lowmem.cli.weights import model_folder
+from lowmem.errors import ConfigError
+from lowmem.train.checkpoint import export as export_folder
+
+
+def export(given: Given, path: Path, out: Path) -> None:
+    """Write the weights of `path` to `out`, which must not hold anything yet."""
+    console = Console(quiet=given.quiet)
+    model_folder(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"--out {out} exists", "an export overwrites nothing", "--out with another name"
+        )
+    export_folder(path, out)
+    console.result(f"{out}")
+    console.say(f"  transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")

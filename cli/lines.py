@@ -1,0 +1,115 @@
+"""Events of a run as lines of text, with the same columns in a terminal and in a log."""
+
+import math
+from collections.abc import Callable
+
+from lowmem.train.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Measured,
+    Saved,
+    Started,
+    Stopping,
+    Trained,
+    perplexity,
+)
+from lowmem.units import GIB, format_bytes, format_count, format_seconds
+
+_HEADING_EVERY = 40  # lines
+_SMOOTHING = 0.9  # of seconds per update, for the time that remains
+
+
+def heading() -> str:
+    return (
+        f"{'update':>8} {'loss':>8} {'ppl':>9} {'lr':>8} {'|g|':>8} {'tok/s':>8}"
+        f" {'GiB':>6} {'tokens':>8}  eta"
+    )
+
+
+class EventLines:
+    """Lines for events; of updates at most one per `interval` seconds, plus the first and last."""
+
+    def __init__(
+        self, *, interval: float, clock: Callable[[], float], stamp: Callable[[], str]
+    ) -> None:
+        self._interval, self._clock, self._stamp = interval, clock, stamp
+        self._last = -math.inf
+        self._printed = 0
+        self._updates = 0
+        self._left = 0
+        self._seconds: float | None = None  # smoothed, per update
+        self._best = math.inf
+
+    def of(self, event: Event) -> list[str]:
+        """The lines to show for `event`, none where it is left out."""
+        return [f"{self._stamp()}{line}" for line in self._lines(event)]
+
+    def remaining(self) -> str:
+        """The time until the last update, at the present speed."""
+        return format_seconds(self._left * self._seconds) if self._seconds is not None else "?"
+
+    def _lines(self, event: Event) -> list[str]:
+        match event:
+            case Started():
+                return self._started(event)
+            case Trained():
+                return self._trained(event)
+            case Evaluated():
+                return [self._evaluated(event)]
+            case Saved():
+                size, took = format_bytes(event.bytes), format_seconds(event.seconds)
+                return [f"{event.update:>8} saved {event.path}, {size}, {took}"]
+            case Measured():
+                return [_measured(event)]
+            case Stopping():
+                return [f"{'':>8} {event.signal}: the run stops after this update"]
+            case Finished():
+                return [f"{event.update:>8} updates done, {format_seconds(event.seconds)}"]
+
+    def _started(self, event: Started) -> list[str]:
+        self._updates = event.updates
+        self._left = event.updates - event.update
+        tokens = format_count(event.tokens_per_update)
+        if event.resumed_from is None:
+            return [f"{event.folder}: {event.updates} updates of {tokens} tokens"]
+        if event.update >= event.updates:
+            return [f"{event.folder}: all {event.updates} updates are done"]
+        first = f"{event.folder}: continuing with update {event.update + 1} of {event.updates}"
+        return [f"{first} from {event.resumed_from}"]
+
+    def _trained(self, event: Trained) -> list[str]:
+        done = event.update + 1
+        self._left = max(0, self._updates - done)
+        earlier = self._seconds if self._seconds is not None else event.seconds
+        self._seconds = _SMOOTHING * earlier + (1 - _SMOOTHING) * event.seconds
+        now = self._clock()
+        if self._printed and self._left and now - self._last < self._interval:
+            return []
+        self._last = now
+        head = [heading()] if self._printed % _HEADING_EVERY == 0 else []
+        self._printed += 1
+        return [*head, self._row(event, done)]
+
+    def _row(self, event: Trained, done: int) -> str:
+        return (
+            f"{done:>8} {event.loss:>8.4f} {perplexity(event.loss):>9.5g} {event.lr:>8.2e}"
+            f" {event.grad_norm:>8.3g} {format_count(event.tokens_per_second):>8}"
+            f" {event.memory_bytes / GIB:>6.2f} {format_count(event.tokens):>8}"
+            f"  {self.remaining()}"
+        )
+
+    def _evaluated(self, event: Evaluated) -> str:
+        best = event.eval_loss < self._best
+        self._best = min(self._best, event.eval_loss)
+        return (
+            f"{event.update + 1:>8} {event.eval_loss:>8.4f} {perplexity(event.eval_loss):>9.5g}"
+            f" validation, {format_count(event.eval_tokens)} tokens,"
+            f" {format_seconds(event.seconds)}" + (", best so far" if best else "")
+        )
+
+
+def _measured(event: Measured) -> str:
+    plan = f"plan {format_bytes(event.planned)}"
+    error = f", {event.measured / event.planned - 1:+.1%}" if event.planned else ""
+    return f"{'':>8} peak of {event.what} {format_bytes(event.measured)} ({plan}{error})"

@@ -1,0 +1,69 @@
+"""The entry of the program: runs a command and turns every way it can end into an exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import typer
+
+from lowmem.cli.commands import app
+from lowmem.cli.errors import tell, tell_bug
+from lowmem.errors import ConfigError, LowMemError, nearest
+
+# BadParameter -> UsageError -> ClickException: typer exports only the first, and has moved the
+# others between releases.
+_UsageMistake: Any = typer.BadParameter.__mro__[2]
+
+
+def main() -> NoReturn:
+    """The command `lowmem`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; return its exit code."""
+    traced = os.environ.get("LOWMEM_LOG") == "debug" or not {"-v", "--verbose"}.isdisjoint(
+        arguments
+    )
+    try:
+        code = app(list(arguments), prog_name="lowmem", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except _UsageMistake as mistake:
+        return tell(_usage_error(mistake, arguments))
+    except LowMemError as error:
+        _trace(error, traced)
+        return tell(error)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`lowmem methods | head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        _trace(error, traced)
+        return tell_bug(error, traced=traced)
+
+
+def _trace(error: Exception, traced: bool) -> None:
+    if traced:
+        traceback.print_exception(error)
+
+
+def _usage_error(mistake: Any, arguments: Sequence[str]) -> ConfigError:
+    """A mistyped command line in three parts, with the nearest option or command."""
+    context: Any = getattr(mistake, "ctx", None)
+    what, hint = mistake.format_message().rstrip("."), ""
+    if what.startswith("No such option"):
+        typed = mistake.option_name
+        known = [option for parameter in context.command.params for option in parameter.opts]
+        what, hint = f"no such option: {typed}", nearest(typed, known)
+    elif what.startswith("No such command"):
+        typed = what.split("'")[1]
+        what, hint = f"no such command: {typed}", nearest(typed, context.command.commands)
+    what = what.replace("Input should be", "must be").partition(", unable")[0]
+    path = context.command_path if context else f"lowmem {arguments[0]}"
+    return ConfigError(what, hint, f"{path} --help")

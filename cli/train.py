@@ -1,0 +1,88 @@
+"""`lowmem train`: plan, then train a new run."""
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem.cli.console import Console
+from lowmem.cli.options import Given
+from lowmem.cli.settings import explicit_command, loaded, planned, require_fit
+from lowmem.config.presets import resolve_model
+from lowmem.config.schema import Config
+from lowmem.errors import LowMemError
+from lowmem.train.events import Finished, perplexity
+
+if TYPE_CHECKING:
+    from lowmem.data.shards import Corpus
+
+
+def train(given: Given, *, dry_run: bool, as_json: bool) -> None:
+    """Plan, prepare the data, create the run's folder and train in it."""
+    console = Console(quiet=given.quiet)
+    config = loaded(given, console).config
+    plan = planned(config, for_this_machine=True)
+    shown = dry_run and not as_json
+    console.plan(plan, as_result=shown)
+    if dry_run and as_json:
+        console.json(plan.to_json())
+    require_fit(plan)
+    model = config.model if isinstance(config.model, str) else None
+    if model in (None, "auto") and isinstance(plan.config.model, str):
+        model = plan.config.model
+    console.say(f"\nThe same, explicitly:\n  {explicit_command(plan, given, model)}\n")
+    if dry_run:
+        return
+    from lowmem.train.loop import train as train_run
+    from lowmem.train.run import Run
+
+    corpus = corpus_of(plan.config, console)
+    run = Run.create(plan.config, plan.to_json())
+    console.say(f"{run.folder}  Ctrl-C saves and stops")
+    with console.progress() as report, traced_in(run.folder):
+        finished = train_run(run, corpus, report, plan)
+    show_finished(console, finished, run.folder, as_json=as_json)
+
+
+def corpus_of(config: Config, console: Console) -> "Corpus":
+    """The tokens that `config` names, prepared on first use."""
+    from lowmem.data.prepare import corpus_for
+
+    vocab_size = resolve_model(config.model, Path.cwd()).vocab_size
+    with console.work("data") as report:
+        return corpus_for(
+            config.data,
+            vocab_size,
+            progress=lambda p: report(p.bytes_done, p.bytes, f"{p.tokens:,} tokens"),
+        )
+
+
+@contextmanager
+def traced_in(folder: Path) -> Iterator[None]:
+    """Keep the traceback of an exception that nobody foresaw in the run's folder."""
+    try:
+        yield
+    except LowMemError:
+        raise
+    except Exception as error:
+        log = folder / "log" / time.strftime("error-%Y%m%d-%H%M%S.txt")
+        log.parent.mkdir(exist_ok=True)
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        raise
+
+
+def show_finished(console: Console, finished: Finished, folder: Path, *, as_json: bool) -> None:
+    """The end of a run on stdout."""
+    reached = perplexity(finished.eval_loss)
+    if as_json:
+        console.json({"folder": str(folder), **asdict(finished), "perplexity": reached})
+        return
+    console.result(
+        f"{folder}  loss {finished.eval_loss:.4f}  perplexity {reached:.5g}"
+        f"  (unigram loss {finished.unigram_loss:.4f})"
+        f"  {finished.update} updates  {finished.tokens:,} tokens"
+    )
+    console.result(f"  lowmem eval {folder}\n  lowmem sample {folder} --prompt 'The '")

@@ -1,0 +1,47 @@
+"""Which configuration key a flag sets; `LOWMEM_RANK` is `--rank` in the environment."""
+
+FLAGS = {
+    "--model": "model",
+    "--gpu": "gpu",
+    "--data": "data.source",
+    "--tokenizer": "data.tokenizer",
+    "--seq-len": "data.seq_len",
+    "--skip-bad": "data.skip_bad",
+    "--method": "optimizer.method",
+    "--rank": "optimizer.rank",
+    "--lr": "optimizer.lr",
+    "--weight-decay": "optimizer.weight_decay",
+    "--scale": "optimizer.options.scale",
+    "--gap": "optimizer.options.gap",
+    "--states": "optimizer.states",
+    "--schedule": "schedule.kind",
+    "--warmup": "schedule.warmup",
+    "--updates": "train.updates",
+    "--tokens": "train.tokens",
+    "--batch": "train.batch",
+    "--micro-batch": "train.micro_batch",
+    "--update": "train.update",
+    "--recompute": "train.recompute",
+    "--clip": "train.clip",
+    "--weights": "train.weights",
+    "--seed": "train.seed",
+    "--device": "train.device",
+    "--eval-every": "evaluate.every",
+    "--eval-tokens": "evaluate.tokens",
+    "--save-every": "checkpoint.every",
+    "--keep": "checkpoint.keep",
+    "--name": "run.name",
+    "--out": "run.out",
+}
+
+ENVIRONMENT = {"LOWMEM_" + flag[2:].replace("-", "_").upper(): key for flag, key in FLAGS.items()}
+"""Environment variable -> key."""
+
+OTHER_VARIABLES = {
+    "LOWMEM_HOME": "cache and calibration, default ~/.cache/lowmem",
+    "LOWMEM_CONFIG": "a configuration file, read before those of --config",
+    "LOWMEM_OFFLINE": "1 = never ask the network",
+    "LOWMEM_LOG": "debug = tracebacks",
+    "LOWMEM_KERNELS": "reference = plain PyTorch everywhere",
+}
+"""Variables that are no setting of a run, and what they mean."""

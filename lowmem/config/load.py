@@ -1,0 +1,231 @@
+"""Flags, environment and files become one `Config`, and every value knows where it came from.
+
+    load({"optimizer.rank": "64"}, [Path("run.toml")])     # the flag wins over the file
+
+Precedence: flags > LOWMEM_* variables > files (a later one wins) > built-in defaults. Everything
+that is wrong is reported at once, in one ConfigError.
+"""
+
+import os
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lowmem.config.flags import ENVIRONMENT, FLAGS, OTHER_VARIABLES
+from lowmem.config.problems import (
+    Problem,
+    config_error,
+    must_be,
+    schema_of,
+    takes_boolean,
+    unknown_key,
+    wrong_values,
+)
+from lowmem.config.schema import Config, OptimizerConfig
+from lowmem.config.toml import key_lines
+from lowmem.errors import nearest
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration, the origin of each of its values by dotted key, and what was odd.
+
+    An origin is "default", "flag --rank", "environment LOWMEM_RANK" or "run.toml:7".
+    """
+
+    config: Config
+    origins: dict[str, str]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class _Value:
+    value: Any
+    origin: str
+    written: str  # the key as the user wrote it
+
+
+@dataclass
+class _Given:
+    """What has been given so far, by dotted key."""
+
+    values: dict[str, _Value] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def take(self, source: Iterable[tuple[str, Any, str]]) -> None:
+        """Add (key, value, origin) of a stronger source; what contradicts it gives way."""
+        new: dict[str, _Value] = {}
+        for written, value, origin in source:
+            key = _canonical(written)
+            if schema_of(key) is None:
+                self.problems.append(Problem(_place(origin), written, unknown_key(written)))
+            else:
+                new[key] = _Value(value, origin, written)
+        kept = {k: v for k, v in self.values.items() if not any(_displaces(n, k) for n in new)}
+        self.values = kept | new
+
+
+def load(
+    flags: Mapping[str, Any],
+    files: Sequence[Path] = (),
+    environ: Mapping[str, str] = os.environ,
+    assignments: Sequence[str] = (),
+) -> Loaded:
+    """The configuration. flags: dotted key -> value, None where not given (text is parsed).
+
+    assignments: "key=value" of --set, the value in TOML. Raises ConfigError with all problems.
+    """
+    given = _Given()
+    named = [Path(environ["LOWMEM_CONFIG"])] if environ.get("LOWMEM_CONFIG") else []
+    for path in [*named, *files]:
+        given.take(_from_file(path, given.problems))
+    given.take(
+        (key, _from_text(key, environ[name]), f"environment {name}")
+        for name, key in ENVIRONMENT.items()
+        if environ.get(name)
+    )
+    flag_of = {key: flag for flag, key in FLAGS.items()}
+    given.take(
+        (key, _from_text(key, value), f"flag {flag_of.get(key, key)}")
+        for key, value in flags.items()
+        if value is not None
+    )
+    for assignment in assignments:
+        given.take(_from_assignment(assignment, given.problems))
+    config = _validated(given)
+    origins = {
+        key: given.values[key].origin if key in given.values else "default"
+        for key, _ in flatten(config.model_dump())
+    }
+    return Loaded(config, origins, _odd_variables(environ))
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; an empty table is a leaf."""
+    if not isinstance(value, dict) or not value:
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from flatten(item, f"{path}.{key}" if path else key)
+
+
+def _canonical(key: str) -> str:
+    """`optimizer.gap` is short for `optimizer.options.gap`."""
+    head, *rest = key.split(".")
+    if head == "optimizer" and rest and rest[0] not in OptimizerConfig.model_fields:
+        return ".".join([head, "options", *rest])
+    return key
+
+
+def _displaces(new: str, old: str) -> bool:
+    """Whether giving `new` makes `old` void: a parent or child, or the budget's other form."""
+    related = old.startswith(new + ".") or new.startswith(old + ".")
+    return related or {new, old} == {"train.updates", "train.tokens"}
+
+
+def _place(origin: str) -> str:
+    """An origin as the place of a problem: "run.toml:7", "--rank", "LOWMEM_RANK"."""
+    return origin.removeprefix("flag ").removeprefix("environment ")
+
+
+def _from_file(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Any, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except FileNotFoundError:
+        problems.append(Problem(f"{path}", "", "this file does not exist"))
+    except tomllib.TOMLDecodeError as error:
+        problems.append(Problem(f"{path}", "", f"is not TOML: {error}"))
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(Problem(f"{path}", "", f"cannot be read as text: {error}"))
+    else:
+        lines = key_lines(text)
+        for key, value in flatten(tables):
+            if key:  # an empty file is one empty leaf without a name
+                yield key, value, f"{path}:{_line(key, lines)}"
+
+
+def _line(key: str, lines: dict[str, int]) -> int:
+    """The line of a key, or of the table or inline table around it."""
+    while key and key not in lines:
+        key = key.rpartition(".")[0]
+    return lines.get(key, 1)
+
+
+def _from_assignment(text: str, problems: list[Problem]) -> Iterator[tuple[str, Any, str]]:
+    """`key=value`; a value that is no TOML is text, so --set data.source=c4 needs no quotes."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        problems.append(Problem("--set", text, "must be key=value, e.g. optimizer.gap=100"))
+        return
+    for name, leaf in flatten(_toml_or_text(value), key.strip()):
+        yield name, leaf, f"flag --set {key.strip()}"
+
+
+def _from_text(key: str, value: Any) -> Any:
+    """A flag's value. Options have no type until their method is built, so text is read as TOML."""
+    is_option = key.startswith("optimizer.options.") and isinstance(value, str)
+    return _toml_or_text(value) if is_option else value
+
+
+def _toml_or_text(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _odd_variables(environ: Mapping[str, str]) -> list[str]:
+    """A warning for every LOWMEM_ variable that means nothing."""
+    known = [*ENVIRONMENT, *OTHER_VARIABLES]
+    odd = sorted(name for name in environ if name.startswith("LOWMEM_") and name not in known)
+    hints = {name: nearest(name, known) for name in odd}
+    return [
+        f"{name} means nothing to lowmem" + (hint and f"; {hint}") for name, hint in hints.items()
+    ]
+
+
+def _validated(given: _Given) -> Config:
+    """The configuration, or one ConfigError with everything that is wrong."""
+    problems = given.problems + [
+        Problem(_place(entry.origin), entry.written, must_be(key, entry.value))
+        for key, entry in given.values.items()
+        if isinstance(entry.value, bool) and not takes_boolean(key)  # `updates = true` is not 1
+    ]
+    try:
+        config = Config.model_validate(_nested(given.values))
+    except ValidationError as error:
+        listed = {problem.key for problem in problems}
+        for key, reason in wrong_values(error).items():
+            origin, written = _source_of(key, given.values)
+            if written not in listed:
+                problems.append(Problem(_place(origin), written, reason))
+    if problems:
+        raise config_error(problems)
+    return config
+
+
+def _nested(values: Mapping[str, _Value]) -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    for key, entry in values.items():
+        *path, name = key.split(".")
+        table = tables
+        for part in path:
+            table = table.setdefault(part, {})
+        table[name] = entry.value
+    return tables
+
+
+def _source_of(key: str, values: Mapping[str, _Value]) -> tuple[str, str]:
+    """(origin, key as written) of a value, or the origin of what stands nearest to it."""
+    if key in values:
+        return values[key].origin, values[key].written
+    for around in (key, key.rpartition(".")[0]):
+        for name, entry in values.items():
+            if name.startswith(around + "."):
+                return entry.origin, key
+    return "", key

@@ -1,0 +1,129 @@
+"""Tables and streams at the widths of a terminal and of a pipe."""
+
+import io
+import json
+
+import pytest
+
+from lowmem.cli.console import Console
+from lowmem.train.events import Started, Trained
+from lowmem.units import GIB
+from tests.cli.example_plan import example_plan
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, columns: int | None) -> str:
+    if columns is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    out = io.StringIO()
+    Console(out=out).plan(example_plan(), as_result=True)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("columns", [80, 120, None])
+def test_a_plan_shows_choice_parts_alternatives_and_notes(
+    monkeypatch: pytest.MonkeyPatch, columns: int | None
+) -> None:
+    text = printed(monkeypatch, columns)
+    assert "22.5 GiB usable" in text
+    assert "galore rank 512, 8bit states, bf16 weights, fused+subspace" in text
+    assert "20.0 GiB reserved, 19.0 GiB allocated, 18.0 GiB tensors: fits" in text
+    assert "in backward of block 7" in text
+    weights = next(line for line in text.splitlines() if line.startswith("  weights"))
+    assert weights.split() == ["weights", "13.0", "GiB", "72%", "#" * 22]
+    assert "workspace" not in text  # nothing is there
+    rows = [
+        line.split() for line in text.splitlines() if line.lstrip(" >")[:2] in ("1 ", "2 ", "3 ")
+    ]
+    assert rows[0] == [
+        ">1",
+        "galore",
+        "512",
+        "8bit",
+        "bf16",
+        "fused+subspace",
+        "full",
+        "8x16",
+        "20.0",
+        "GiB",
+    ]
+    assert rows[1][2] == "64/32"
+    assert rows[2][:10] == [
+        "3",
+        "adam8bit",
+        "-",
+        "8bit",
+        "bf16",
+        "fused+subspace",
+        "keep",
+        "1x16",
+        ">26.0",
+        "GiB",
+    ]
+    assert "a higher rank fits" in text
+    assert "4.46 GiB too much" in text
+    assert "clip off: update is fused" in text
+
+
+def test_no_row_of_the_table_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (80, 120):
+        table = printed(monkeypatch, columns).partition("method")[2].partition("Where")[0]
+        assert max(len(line) for line in table.splitlines()) <= columns
+
+
+def test_quiet_keeps_results_and_drops_everything_else() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    console = Console(quiet=True, out=out, err=err)
+    console.say("working")
+    console.plan(example_plan(), as_result=False)
+    with console.progress() as report:
+        report(Started(0, 10, 10, "runs/a"))
+    console.result("answer [bold]1[/bold] :smile:")
+    assert err.getvalue() == ""
+    assert out.getvalue() == "answer [bold]1[/bold] :smile:\n"
+
+
+def test_a_long_line_is_not_wrapped_in_a_pipe() -> None:
+    out = io.StringIO()
+    Console(out=out).result("x" * 500)
+    assert out.getvalue() == "x" * 500 + "\n"
+
+
+def test_json_is_parsable_whatever_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    out = io.StringIO()
+    Console(out=out).json(example_plan().to_json())
+    assert json.loads(out.getvalue())["peak_bytes"] == 20 * GIB
+
+
+def test_a_pipe_gets_lines_without_escape_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    err = io.StringIO()
+    with Console(err=err).progress(clock=lambda: 0.0) as report:
+        report(Started(0, 3, 1000, "runs/a"))
+        report(Trained(0, 2.0, 0.01, 1000, 0.5, "gradient", 2.0, 500.0, GIB))
+    assert "\x1b" not in err.getvalue()
+    assert len(err.getvalue().splitlines()) == 3  # start, heading, update
+
+
+def test_a_terminal_gets_a_line_per_update_and_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    err = io.StringIO()
+    with Console(err=err).progress() as report:
+        report(Started(0, 3, 1000, "runs/a"))
+        for update in range(3):
+            report(Trained(update, 2.0, 0.01, 1000, 0.5, "gradient", 2.0, 500.0, GIB))
+    assert err.getvalue().count("7.3891") == 3  # the perplexity, once an update
+    assert "eta" in err.getvalue()
+    assert "100%" in err.getvalue()
+
+
+def test_a_dumb_terminal_gets_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    err = io.StringIO()
+    with Console(err=err).progress(clock=lambda: 0.0) as report:
+        report(Started(0, 3, 1000, "runs/a"))
+    assert "\x1b[2K" not in err.getvalue()

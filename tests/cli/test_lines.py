@@ -1,0 +1,79 @@
+"""Events as lines of text, with a clock that the test turns."""
+
+from lowmem.cli.lines import EventLines, heading
+from lowmem.train.events import Evaluated, Finished, Measured, Saved, Started, Stopping, Trained
+from lowmem.units import GIB
+
+
+class Clock:
+    """Seconds that stand still until they are set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lines_at(clock: Clock, interval: float = 5.0) -> EventLines:
+    return EventLines(interval=interval, clock=clock, stamp=lambda: "12:00:00 ")
+
+
+def trained(update: int, seconds: float = 2.0) -> Trained:
+    return Trained(update, 2.0, 0.01, 1000 * (update + 1), 0.5, "gradient", seconds, 500.0, GIB)
+
+
+def test_updates_come_at_most_every_interval_but_first_and_last_always() -> None:
+    clock = Clock()
+    lines = lines_at(clock)
+    lines.of(Started(0, 100, 1000, "runs/a"))
+    shown = []
+    for update in range(100):
+        clock.now = 1.0 * update
+        rows = [row for row in lines.of(trained(update)) if heading() not in row]
+        shown += [int(row.split()[1]) for row in rows]
+    assert shown == [*range(1, 100, 5), 100]
+
+
+def test_evaluations_saves_and_signals_are_never_left_out() -> None:
+    lines = lines_at(Clock())
+    lines.of(trained(0))
+    for event in (Evaluated(1, 2.0, 10, 1.0), Saved(2, "x", 1, 1.0), Stopping("SIGTERM")):
+        assert len(lines.of(event)) == 1
+        assert len(lines.of(event)) == 1
+
+
+def test_a_row_stands_under_its_heading() -> None:
+    head, row = lines_at(Clock()).of(trained(0))
+    assert head == "12:00:00 " + heading()
+    values = ["1", "2.0000", "7.3891", "1.00e-02", "0.5", "500", "1.00", "1.00", "k"]
+    assert row.split()[1:10] == values  # "1.00 k" tokens are two words
+    for name, value in (("loss", "2.0000"), ("lr", "1.00e-02"), ("tok/s", "500")):
+        assert head.index(name) + len(name) == row.rindex(value) + len(value)
+
+
+def test_what_remains_is_the_updates_left_times_their_duration() -> None:
+    lines = lines_at(Clock(), interval=0.0)
+    assert lines.remaining() == "?"
+    lines.of(Started(0, 31, 1000, "runs/a"))
+    lines.of(trained(0, seconds=2.0))
+    assert lines.remaining() == "1 min 0 s"
+    lines.of(trained(30))
+    assert lines.remaining() == "0.00 s"
+
+
+def test_a_new_best_evaluation_is_marked() -> None:
+    lines = lines_at(Clock())
+    marked = ["best" in lines.of(Evaluated(0, loss, 10, 1.0))[0] for loss in (3.0, 2.0, 2.5)]
+    assert marked == [True, True, False]
+
+
+def test_the_measured_peak_stands_beside_the_planned() -> None:
+    (line,) = lines_at(Clock()).of(Measured("allocated", 2 * GIB, GIB))
+    assert "peak of allocated 1.00 GiB (plan 2.00 GiB, -50.0%)" in line
+
+
+def test_a_continued_run_says_where_it_continues() -> None:
+    (line,) = lines_at(Clock()).of(Started(40, 100, 1000, "runs/a", "step-000040"))
+    assert "update 41 of 100 from step-000040" in line
+    assert "100 updates done" in lines_at(Clock()).of(Finished(100, 2.0, 7.0, 9, 9.0, "x"))[0]

@@ -1,0 +1,273 @@
+"""Whole runs through the command line, and what happens when something is wrong with them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from lowmem.cli.main import run
+from lowmem.config.load import load
+
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 64,
+}
+SETTINGS = [
+    *("--method", "galore", "--rank", "4", "--seq-len", "16", "--batch", "4seq"),
+    *("--updates", "4", "--save-every", "2"),
+]
+
+
+TOO_LARGE = ["--model", "llama-9m", "--gpu", "850MiB", *SETTINGS]
+NO_DATA = ["--data", "nothing", "--tokenizer", "tokenizer"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory with text, a tokenizer, two model shapes and one finished run."""
+    folder = tmp_path_factory.mktemp("place")
+    text = " ".join(f"word{i % 7} number {i * i % 101}" for i in range(2000))
+    (folder / "text.txt").write_text(text)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([text], vocab_size=300, special_tokens=["</s>"])
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "small.json").write_text(json.dumps(SHAPE))
+    (folder / "large.json").write_text(json.dumps({**SHAPE, "hidden_size": 24}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LOWMEM_HOME", str(folder / "cache"))
+        for name in [name for name in os.environ if name.startswith("LOWMEM_")]:
+            if name != "LOWMEM_HOME":
+                patch.delenv(name)
+        assert train("one") == 0
+        yield folder
+
+
+def train(name: str, *more: str) -> int:
+    """Train a run of a few updates."""
+    where = ["--model", "small.json", "--data", "text.txt", "--tokenizer", "tokenizer"]
+    return run(["train", *where, *SETTINGS, "--device", "cpu", "--name", name, *more])
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """The content of every file in a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, arguments: list[str]) -> str:
+    """Run a command that must fail with `code` in three parts, and change nothing."""
+    before = fingerprint(Path("runs"))
+    assert run(arguments) == code
+    err = capsys.readouterr().err
+    block = err[err.rindex("error: ") :]
+    assert f"(exit {code})" in block.splitlines()[0]
+    assert "\n  fix: " in block
+    assert "Traceback" not in err
+    assert fingerprint(Path("runs")) == before
+    return block
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The JSON on stdout of a command that works."""
+    capsys.readouterr()
+    assert run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_leaves_a_folder_and_a_summary(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("two", "--json") == 0
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert summary["folder"] == str(Path("runs", "two"))
+    assert summary["update"] == 4
+    assert summary["tokens"] == 4 * 4 * 16
+    metrics = Path("runs/two/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in metrics if "lr" in line] == [0, 1, 2, 3]
+    assert "Choice  galore rank 4" in err
+    assert "4 updates done" in err
+
+
+def test_the_printed_command_repeats_the_run(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert train("again", "--dry-run") == 0
+    err = capsys.readouterr().err
+    command = err.partition("explicitly:\n  lowmem ")[2].splitlines()[0].split()
+    assert run(command) == 0
+    capsys.readouterr()
+    first, again = (
+        load({}, [Path("runs", name, "config.toml")], {}).config for name in ("one", "again")
+    )
+    assert again.model_copy(update={"run": first.run}) == first
+    metrics = [
+        [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "again")
+    ]
+    losses = [[m["loss"] for m in lines if "loss" in m] for lines in metrics]
+    assert losses[0] == losses[1]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = fingerprint(place)
+    assert train("dry", "--dry-run") == 0
+    assert "Choice  galore rank 4" in capsys.readouterr().out
+    assert result(
+        capsys, "train", "--model", "small.json", "--tokenizer", "tokenizer", "--dry-run"
+    )["fits"]
+    assert fingerprint(place) == before
+
+
+def test_run_checkpoint_and_export_evaluate_alike(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", "runs/one", "--out", "hf"]) == 0
+    paths = ("runs/one", "runs/one/checkpoints/step-000004", "hf")
+    results = [result(capsys, "eval", path) for path in paths]
+    assert len({r["loss"] for r in results}) == 1
+    assert len({r["tokens"] for r in results}) == 1
+    assert results[0]["perplexity"] == pytest.approx(2.718281828459045 ** results[0]["loss"])
+    fewer = result(capsys, "eval", "runs/one", "--eval-tokens", "40")
+    assert fewer["tokens"] == 40
+    Path("other.txt").write_text("nothing like the rest; " * 500)
+    assert result(capsys, "eval", "hf", "--data", "other.txt")["loss"] > results[0]["loss"]
+    refused(capsys, 2, ["export", "runs/one", "--out", "hf"])
+
+
+def test_a_sample_begins_with_the_prompt_and_repeats_with_its_seed(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", "runs/one", "--prompt", "word1", "--tokens", "5", "--device", "cpu"]
+    texts = [result(capsys, *command, "--seed", seed)["text"] for seed in ("1", "1", "2")]
+    assert texts[0].startswith("word1")
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_an_unforeseen_error_leaves_its_traceback_with_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lowmem.train.loop.gather", None)
+    assert train("broken") == 1
+    assert "bug: TypeError" in capsys.readouterr().err
+    (log,) = Path("runs/broken/log").iterdir()
+    assert "Traceback" in log.read_text()
+
+
+def test_an_existing_run_is_never_overwritten(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--model", "small.json", "--data", "text.txt", "--tokenizer", "tokenizer"]
+    block = refused(capsys, 2, ["train", *where, *SETTINGS, "--name", "one"])
+    assert "lowmem resume runs/one" in block
+
+
+def test_a_flipped_byte_stops_resume_and_names_the_file(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("runs/one", "runs/flipped")
+    weights = Path("runs/flipped/checkpoints/step-000004/model/model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    block = refused(capsys, 5, ["resume", "runs/flipped"])
+    assert "model.safetensors" in block
+    assert "lowmem resume runs/flipped/checkpoints/step-000002" in block
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("wide", "--model", "large.json") == 0
+    shutil.copytree("runs/one", "runs/mixed")
+    shutil.rmtree("runs/mixed/checkpoints")
+    shutil.copytree("runs/wide/checkpoints", "runs/mixed/checkpoints")
+    capsys.readouterr()
+    refused(capsys, 5, ["resume", "runs/mixed"])
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("runs/one", "runs/done")
+    weights = fingerprint(Path("runs/done/checkpoints"))
+    assert run(["resume", "runs/done"]) == 0
+    assert "all 4 updates are done" in capsys.readouterr().err
+    assert fingerprint(Path("runs/done/checkpoints")) == weights
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "told"),
+    [
+        (2, ["train", "--set", "optimiser.rank=3"], "did you mean `optimizer.rank`?"),
+        (2, ["train", "--set", "optimizer.gapp=3", "--method", "galore"], "`gap`"),
+        (2, ["train", "--method", "galor"], "did you mean `galore`?"),
+        (2, ["train", "--rank", "0"], "0 must be a whole number of at least 1"),
+        (2, ["train", "--batch", "many"], "write it like 32seq"),
+        (2, ["train", "--updates", "3", "--tokens", "5"], "updates or tokens, not both"),
+        (2, ["train", "--config", "nothing.toml"], "this file does not exist"),
+        (2, ["train", "--model", "nothing/config.json"], "neither a preset nor a file"),
+        (2, ["train", "--model", "llama-60mm"], "did you mean `llama-60m`?"),
+        (2, ["plan", "--gpu", "24GX"], "24GX"),
+        (3, ["plan", *TOO_LARGE], "largest parts: "),
+        (3, ["train", *TOO_LARGE], "largest parts: "),
+        (4, ["train", "--model", "small.json", *SETTINGS, *NO_DATA], "nothing"),
+        (4, ["data", "info", "nothing"], "nothing"),
+        (4, ["data", "prepare", *NO_DATA[1:]], "nothing"),
+        (2, ["data", "prepare", "text.txt", "--max-tokens", "some"], "--max-tokens some"),
+        (2, ["data", "prepare", "text.txt", "--workers", "2"], "--workers 2 without --out"),
+        (5, ["resume", "nothing"], "nothing"),
+        (5, ["eval", "nothing"], "nothing"),
+        (5, ["sample", "nothing"], "nothing"),
+        (5, ["export", "nothing", "--out", "x"], "nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_told_in_three_parts_and_changes_nothing(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    arguments: list[str],
+    told: str,
+) -> None:
+    if arguments[0] == "train" and "--data" not in arguments:
+        arguments = [*arguments, "--data", "text.txt", "--tokenizer", "tokenizer"]
+    assert told in refused(capsys, code, arguments)
+
+
+def test_c4_without_network_says_what_helps(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOWMEM_OFFLINE", "1")
+    block = refused(capsys, 4, ["train", "--model", "small.json", *SETTINGS, "--data", "c4"])
+    assert "lowmem data prepare" in block
+    assert "--data sample" in block
+
+
+def test_a_damaged_corpus_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["data", "prepare", "text.txt", "--tokenizer", "tokenizer", "--out", "corpus"]
+    assert run(command) == 0
+    assert run(["data", "verify", "corpus"]) == 0
+    assert result(capsys, "data", "info", "corpus")["splits"]["train"]["tokens"] > 0
+    shard = Path("corpus/train-00000.bin")
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    assert "train-00000.bin" in refused(capsys, 4, ["data", "verify", "corpus"])
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert "train-00000.bin" in refused(capsys, 4, ["data", "info", "corpus"])

@@ -1,0 +1,117 @@
+"""The planner: it keeps its promises, never overrides, and explains what it rejects."""
+
+import json
+from typing import Any
+
+import pytest
+
+from lowmem.config.defaults import settle
+from lowmem.config.schema import Config
+from lowmem.errors import ConfigError
+from lowmem.planner.hardware import find_card
+from lowmem.planner.plan import Plan
+from lowmem.planner.search import Job, make_plan
+from lowmem.units import GIB
+
+
+def plan_of(model: str, gpu: str, *, cuda: bool = True, **sections: Any) -> Plan:
+    config = Config.model_validate({"model": model, "gpu": gpu, **sections})
+    config, notes = settle(config, cuda=cuda)
+    return make_plan(config, find_card(gpu, config.train.device), notes)
+
+
+def test_seven_billion_fit_24gb_with_a_low_rank_method() -> None:
+    plan = plan_of("llama-7b", "24GB")
+    assert plan.fits
+    assert plan.choice.method == "galore"
+    assert plan.memory.tensors <= plan.memory.allocated <= plan.memory.reserved
+    assert plan.memory.reserved <= plan.card.usable_bytes
+    assert sum(plan.memory.parts.values()) == plan.memory.tensors
+    rejected = {row.choice.method: row.reason for row in plan.candidates if not row.fits}
+    assert "too much in weights, states and sums alone" in rejected["adamw"]
+    assert json.loads(json.dumps(plan.to_json()))["schema_version"] == 1
+
+
+def test_adamw_at_7b_does_not_fit_and_says_what_helps() -> None:
+    plan = plan_of("llama-7b", "24GB", optimizer={"method": "adamw", "states": "fp32"})
+    assert not plan.fits
+    assert plan.choice.method == "adamw"
+    assert plan.memory.reserved > 60 * GIB
+    assert plan.fixes[0].flags.startswith("--method galore")
+    assert plan.fixes[0].fits
+    assert [fix.saves for fix in plan.fixes] == sorted(
+        (fix.saves for fix in plan.fixes), reverse=True
+    )
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {"optimizer": {"method": "galore", "rank": 33}},
+        {"optimizer": {"states": "8bit"}},
+        {"optimizer": {"rank": 64}},
+        {"optimizer": {"method": "adamw", "states": "bf16"}},
+        {"train": {"update": "fused"}},
+        {"train": {"recompute": "attn"}},
+        {"train": {"micro_batch": 5}},
+        {"train": {"clip": 0.3}},
+        {"train": {"clip": "off"}},
+        {"train": {"weights": "fp32", "batch": "7seq"}},
+        {"data": {"seq_len": 100}},
+    ],
+)
+def test_what_the_user_fixed_is_never_changed(fixed: dict[str, Any]) -> None:
+    plan = plan_of("llama-9m", "8GB", **fixed)
+    for section, values in fixed.items():
+        for key, value in values.items():
+            assert getattr(getattr(plan.config, section), key) == value
+            if hasattr(plan.choice, key) and value != "off":
+                assert getattr(plan.choice, key) == value
+
+
+def test_a_plan_leaves_nothing_open() -> None:
+    config = plan_of("llama-9m", "8GB").config.model_dump()
+    open_keys = [
+        f"{section}.{key}"
+        for section in ("optimizer", "train", "evaluate", "checkpoint")
+        for key, value in config[section].items()
+        if value == "auto" and (section, key) != ("optimizer", "rank")
+    ]
+    assert not open_keys
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"update": "fused", "clip": 1.0}}, "train.clip = 1.0 with train.update"),
+        ({"train": {"update": "fused", "micro_batch": 2, "batch": "8seq"}}, "cannot accumulate 8"),
+        ({"train": {"micro_batch": 9, "batch": "8seq"}}, "train.micro_batch = 9 is more than"),
+        ({"optimizer": {"method": "adamw", "rank": 8}}, "optimizer.rank = 8 does not suit"),
+        ({"optimizer": {"method": "galor"}}, "optimizer.method = 'galor' is unknown"),
+        ({"optimizer": {"method": "galore", "rnak": 8}}, "optimizer.rnak is unknown"),
+        ({"optimizer": {"method": "galore", "gap": 0}}, "optimizer.gap = 0 does not suit"),
+        ({"optimizer": {"method": "adam8bit", "states": "fp32"}}, "optimizer.states = 'fp32'"),
+        ({"data": {"seq_len": 4096}}, "data.seq_len = 4096 is more than the model's 1024"),
+    ],
+)
+def test_contradictions_are_told(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_of("llama-9m", "8GB", **sections)
+
+
+def test_more_memory_never_gives_a_smaller_rank() -> None:
+    ranks = []
+    for gpu in ("5GiB", "6GiB", "8GiB", "12GiB"):
+        plan = plan_of("llama-1b", gpu, optimizer={"method": "galore"})
+        ranks.append(plan.choice.rank if plan.fits else 0)
+    assert ranks == sorted(ranks)
+    assert ranks[-1] > ranks[0]
+
+
+def test_the_estimate_is_close_to_the_whole_rehearsal() -> None:
+    config = Config.model_validate({"model": "llama-60m", "gpu": "24GB"})
+    config, _ = settle(config, cuda=True)
+    card = find_card("24GB", "cuda")
+    plan = make_plan(config, card, [])
+    estimate = Job.of(config, card).peak(plan.choice)
+    assert estimate == pytest.approx(plan.memory.reserved, rel=0.03)
