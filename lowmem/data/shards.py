@@ -1,0 +1,201 @@
+"""Token shards on disk and their manifest.
+
+A corpus is a folder: `train-00000.bin` ... and `validation-00000.bin` ... hold bare little-endian
+ids (uint16 while the vocabulary fits, else uint32), documents one after the other, each closed by
+the end token; `*-counts.bin` how often each id occurs (int64); the tokenizer's two files; and
+`manifest.json`, which is written last, so that a folder without it is no corpus.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lowmem.data.tokenizer import Tokenizer, load_tokenizer
+from lowmem.errors import DataError
+
+FORMAT = "lowmem tokens"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+PIECES = ".pieces"
+"""Folder inside an unfinished corpus; hidden, so that no search for text enters it."""
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+REBUILD = "remove the folder and prepare the text again (lowmem data prepare, or --data PATH)"
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type on disk that holds every id below `vocab_size`."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+class TokenStream:
+    """The tokens of one split as one long sequence; memory-mapped, nothing is loaded."""
+
+    def __init__(self, folder: Path, split: dict[str, Any], dtype: np.dtype[Any]) -> None:
+        """split: the manifest's entry."""
+        self.tokens: int = split["tokens"]
+        self.documents: int = split["documents"]
+        self._counts_file = folder / split["counts"]
+        self._maps = [np.memmap(folder / s["file"], dtype, "r") for s in split["shards"]]
+        self._starts = np.cumsum([0] + [s["tokens"] for s in split["shards"]])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) as (count,) int64, across the borders of shards."""
+        if start < 0 or count < 0 or start + count > self.tokens:
+            raise ValueError(f"tokens {start} to {start + count} of a stream of {self.tokens}")
+        out = np.empty(count, np.int64)
+        done = 0
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while done < count:
+            inside = start + done - int(self._starts[shard])
+            part = self._maps[shard][inside : inside + count - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            shard += 1
+        return out
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How often each id occurs: (tokenizer's vocab_size,) int64."""
+        return np.fromfile(self._counts_file, "<i8")
+
+    def unigram_loss(self, training: "TokenStream | None" = None) -> float:
+        """Loss in nats per token of a model that knows only how frequent each token is.
+
+        The frequencies are this stream's own (its entropy), or those of `training`, with one
+        added to each count so that a token it lacks has a finite loss.
+        """
+        share = self.counts / self.counts.sum()
+        known = self.counts if training is None else training.counts + 1
+        used = self.counts > 0
+        return float(-(share[used] * np.log(known[used] / known.sum())).sum())
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An opened corpus. fingerprint: equal for equal tokens, wherever the folder stands."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    train: TokenStream | None
+    validation: TokenStream | None
+    fingerprint: str
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokenizer's, largest id + 1; `largest_id` in the manifest is what really occurs."""
+        return int(self.manifest["tokenizer"]["vocab_size"])
+
+    def tokenizer(self) -> Tokenizer:
+        """The copy that the corpus keeps."""
+        return load_tokenizer(str(self.folder))
+
+
+def is_corpus(folder: Path) -> bool:
+    """Whether `folder` holds a manifest of ours, be it readable or not."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except OSError:
+        return False
+    except ValueError:
+        return any(folder.glob("*-counts.bin"))
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """Open a prepared folder; DataError when anything is missing, of wrong size or too new.
+
+    Sizes are checked, contents are not: that is `verify_corpus`.
+    """
+    manifest = _read_manifest(folder)
+    try:
+        dtype = np.dtype(manifest["dtype"])
+        for file, expected in _files(manifest):
+            _check_size(folder / file, expected)
+        streams = {
+            name: TokenStream(folder, split, dtype)
+            for name, split in manifest["splits"].items()
+            if split["tokens"]
+        }
+        fingerprint = _fingerprint(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder / MANIFEST} lacks or misuses {error}", "", REBUILD) from error
+    train, validation = (streams.get(name) for name in SPLITS)
+    return Corpus(folder, manifest, train, validation, fingerprint)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify_corpus` has read and found right."""
+
+    files: int
+    bytes: int
+
+
+def verify_corpus(folder: Path) -> Verified:
+    """Compare the sha256 of every shard and count with the manifest; DataError names the file."""
+    corpus = open_corpus(folder)
+    hashes: dict[str, str] = {}
+    for split in corpus.manifest["splits"].values():
+        hashes |= {shard["file"]: shard["sha256"] for shard in split["shards"]}
+        hashes[split["counts"]] = split["counts_sha256"]
+    hashes["tokenizer.json"] = corpus.manifest["tokenizer"]["fingerprint"]
+    for name, expected in hashes.items():
+        with (folder / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            why = f"its sha256 is {found[:12]}..., the manifest says {expected[:12]}..."
+            raise DataError(f"{folder / name} is damaged", why, REBUILD)
+    return Verified(len(hashes), sum((folder / name).stat().st_size for name in hashes))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        why = "a corpus is a folder that `lowmem data prepare` has finished"
+        raise DataError(f"no {MANIFEST} in {folder}", why, REBUILD) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}", str(error), REBUILD) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is not a manifest of lowmem's token shards", "", REBUILD)
+    version = manifest.get("schema_version")
+    if version != SCHEMA_VERSION:
+        why = f"this lowmem reads schema_version {SCHEMA_VERSION}"
+        raise DataError(f"{path} has schema_version {version!r}", why, REBUILD)
+    return manifest
+
+
+def _files(manifest: dict[str, Any]) -> Iterator[tuple[str, int | None]]:
+    """(name, expected bytes) of everything the manifest promises; None: any size."""
+    width = np.dtype(manifest["dtype"]).itemsize
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            yield shard["file"], shard["tokens"] * width
+        yield split["counts"], manifest["tokenizer"]["vocab_size"] * 8
+    yield "tokenizer.json", None
+
+
+def _check_size(path: Path, expected: int | None) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} is missing", f"{MANIFEST} names it", REBUILD)
+    found = path.stat().st_size
+    if expected is not None and found != expected:
+        raise DataError(f"{path} has {found} bytes", f"{MANIFEST} says {expected}", REBUILD)
+
+
+def _fingerprint(manifest: dict[str, Any]) -> str:
+    shards = {
+        name: [(shard["tokens"], shard["sha256"]) for shard in split["shards"]]
+        for name, split in manifest["splits"].items()
+    }
+    told = [manifest["dtype"], manifest["tokenizer"]["fingerprint"], shards]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
