@@ -125,15 +125,13 @@ def evaluate(given: Given, path: Weights, json: Json = False) -> None:
 def export(
     given: Given,
     path: Weights,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FOLDER", help="a new folder", show_default=False)
-    ],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder", show_default=False)],
 ) -> None:
     """Write a Hugging Face folder: safetensors, config.json, tokenizer.
 
     \b
     Example:
-      lowmem export runs/llama-60m-galore-1 --out hf-out
+      lowmem export runs/llama-60m-galore-1 hf-out
     """
     from lowmem.cli import export as command
 

@@ -15,7 +15,7 @@ def export(given: Given, path: Path, out: Path) -> None:
     model_folder(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
-            f"--out {out} exists", "an export overwrites nothing", "--out with another name"
+            f"{out} exists", "an export overwrites nothing", "give the name of a new folder"
         )
     export_folder(path, out)
     console.result(f"{out}")

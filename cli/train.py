@@ -36,9 +36,11 @@ def train(given: Given, *, dry_run: bool, as_json: bool) -> None:
     console.say(f"\nThe same, explicitly:\n  {explicit_command(plan, given, model)}\n")
     if dry_run:
         return
+    from lowmem.train.loop import require_hardware
     from lowmem.train.loop import train as train_run
     from lowmem.train.run import Run
 
+    require_hardware(plan.config)  # before a folder is made
     corpus = corpus_of(plan.config, console)
     run = Run.create(plan.config, plan.to_json())
     console.say(f"{run.folder}  Ctrl-C saves and stops")
@@ -81,8 +83,10 @@ def show_finished(console: Console, finished: Finished, folder: Path, *, as_json
         console.json({"folder": str(folder), **asdict(finished), "perplexity": reached})
         return
     console.result(
-        f"{folder}  loss {finished.eval_loss:.4f}  perplexity {reached:.5g}"
-        f"  (unigram loss {finished.unigram_loss:.4f})"
-        f"  {finished.update} updates  {finished.tokens:,} tokens"
+        f"{folder}  {finished.update} updates  {finished.tokens:,} tokens\n"
+        f"  validation  loss {finished.eval_loss:.4f}  perplexity {reached:.5g}\n"
+        f"  unigram     loss {finished.unigram_loss:.4f}"
+        f"  perplexity {perplexity(finished.unigram_loss):.5g}"
+        "  (knows only how frequent each token is)"
     )
     console.result(f"  lowmem eval {folder}\n  lowmem sample {folder} --prompt 'The '")

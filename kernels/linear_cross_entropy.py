@@ -4,8 +4,8 @@
     G = c (softmax(l) - onehot),   dx = G W,   dW = G' x
 
 Slices of tokens make everything in one pass over the logits, but dW is a sum over the slices.
-Slices of the vocabulary make each part of dW once and in its place, but need the sum of exponentials
-of all slices first, and so make the logits twice. Exponentials and sums are float32 whatever the
+Slices of the vocabulary make each part of dW once and in its place, but the softmax needs the sums
+of all of them first, so the logits are made twice. Exponentials and sums are float32 whatever the
 dtype of x and W.
 """
 
@@ -124,7 +124,7 @@ def by_vocabulary(
     if not with_gradients:
         return loss, None, None
     log_total.masked_fill_(ignored, math.inf)  # no target: softmax and gradient are zero
-    # Summed in bf16, dx would lose with every slice: at 125 slices six times the error.
+    # In bf16 every slice would round the sum: relative error 1.0e-2 instead of 1.8e-3 (125 slices).
     grad_x = torch.zeros_like(x, dtype=torch.float32)
     grad_weight = torch.empty_like(weight)
     for start, part in zip(range(0, len(weight), rows), weight.split(rows), strict=True):

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "kernels": FOUNDATION,
     "config": {"errors", "units"},
-    "model": _PARTS,
+    "model": {*_PARTS, "config.huggingface"},
     "optim": _PARTS,
     "data": _PARTS,
     # The rehearsal counts what ops allocate inside, which the kernels declare.
@@ -27,11 +27,6 @@ MAY_IMPORT = {
     "train": {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner"},
     "cli": {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner", "train"},
     "__main__": {"cli"},
-}
-DEFERRED = {
-    # A config.json is read by the module that also writes it; presets need no torch, and so the
-    # import happens only when --model is a path.
-    ("config.presets", "model.huggingface"),
 }
 CONSOLE_ONLY = {"rich", "typer"}
 ONLY_IN_FUNCTIONS = {
@@ -127,9 +122,8 @@ def test_parts_import_only_what_stands_below_them() -> None:
         part = found.importer.partition(".")[0]
         inside = found.belongs_to(part)
         allowed = any(found.belongs_to(name) for name in MAY_IMPORT[part])
-        excepted = found.deferred and (found.importer, found.inner) in DEFERRED
         root = found.module == "lowmem"  # the version
-        if found.inner is not None and not (inside or allowed or excepted or root):
+        if found.inner is not None and not (inside or allowed or root):
             wrong.append(f"{found.place}: {part} must not import {found.module}")
     assert wrong == []
 

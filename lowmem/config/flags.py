@@ -22,6 +22,7 @@ FLAGS = {
     "--micro-batch": "train.micro_batch",
     "--update": "train.update",
     "--recompute": "train.recompute",
+    "--attention": "train.attention",
     "--clip": "train.clip",
     "--weights": "train.weights",
     "--seed": "train.seed",
@@ -42,6 +43,5 @@ OTHER_VARIABLES = {
     "LOWMEM_CONFIG": "a configuration file, read before those of --config",
     "LOWMEM_OFFLINE": "1 = never ask the network",
     "LOWMEM_LOG": "debug = tracebacks",
-    "LOWMEM_KERNELS": "reference = plain PyTorch everywhere",
 }
 """Variables that are no setting of a run, and what they mean."""

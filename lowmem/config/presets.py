@@ -5,6 +5,7 @@ import tomllib
 from importlib.resources import files
 from pathlib import Path
 
+from lowmem.config.huggingface import model_config_from_huggingface
 from lowmem.config.schema import ModelConfig
 from lowmem.errors import ConfigError, nearest
 
@@ -47,9 +48,6 @@ def _preset_files() -> dict[str, str]:
 
 
 def _read_config_json(path: Path) -> ModelConfig:
-    # It needs torch, and the other ways to a model do not.
-    from lowmem.model.huggingface import model_config_from_huggingface
-
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

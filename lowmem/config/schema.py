@@ -221,6 +221,9 @@ class TrainConfig(Section):
     weights: WeightFormat | Auto = Field(
         default="auto", description="format of the weights in memory"
     )
+    attention: Literal["sdpa", "flash-attn"] = Field(
+        default="sdpa", description="PyTorch's own fused attention, or the flash-attn package"
+    )
     seed: NonNegativeInt = Field(default=0, description="of weights, data order and rounding")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

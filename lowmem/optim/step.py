@@ -35,7 +35,7 @@ def gather(
     total: Tensor | None = None
     for inputs, targets in micro_batches:
         loss = model.loss(inputs, targets, tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total = loss.detach() if total is None else total.add_(loss.detach())
         del loss  # so that every micro-batch finds the same memory
     norm = optimizer.norm()

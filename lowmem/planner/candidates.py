@@ -101,7 +101,7 @@ def check_fused(config: Config, rows: int) -> None:
     micro = config.train.micro_batch
     if micro != "auto" and settled(micro) < rows:
         raise ConfigError(
-            f'train.update = "fused" cannot accumulate {rows} sequences in micro-batches of {micro}',
+            f'train.update = "fused" cannot accumulate {rows} sequences, {micro} at a time',
             "every weight changes as soon as its gradient is there: one micro-batch per update",
             f"--batch {micro}seq, or --update fused+subspace",
         )

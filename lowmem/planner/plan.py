@@ -6,7 +6,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowmem.config.schema import Config
+from lowmem.config.schema import Config, Level, UpdateMode, WeightFormat
 
 SCHEMA_VERSION = 1
 
@@ -40,9 +40,9 @@ class Choice:
     method: str
     rank: Any  # number, fraction, table by role, or None
     states: str
-    weights: str
-    update: str
-    recompute: str
+    weights: WeightFormat
+    update: UpdateMode
+    recompute: Level
     micro_batch: int
     accumulate: int  # micro-batches per update
     clip: float | None

@@ -10,9 +10,8 @@ Source of the recipe: planner.md section 2.
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, device_type: str, scratch: bool = False) -> None:
         super().__init__()
         self.device_type = device_type
-        self._workspaces = WORKSPACE if scratch else {}
+        self._workspaces: dict[Any, Callable[..., int]] = WORKSPACE if scratch else {}
         self.events: list[tuple[int, int]] = []
         self.live = 0
         self.peak = 0
@@ -149,14 +148,29 @@ def _flash_backward_scratch(grad: Tensor, query: Tensor, *rest: Any) -> int:
 
 IN_PLACE = {
     getattr(torch.ops.aten, name)
-    for name in (
-        "mul_ add_ sub_ div_ addcmul_ addcdiv_ clamp_ sqrt_ neg_ exp_ copy_ zero_ fill_ addmm_ "
-        "bitwise_and_ bitwise_xor_ nan_to_num_"
-    ).split()
+    for name in [
+        "mul_",
+        "add_",
+        "sub_",
+        "div_",
+        "addcmul_",
+        "addcdiv_",
+        "clamp_",
+        "sqrt_",
+        "neg_",
+        "exp_",
+        "copy_",
+        "zero_",
+        "fill_",
+        "addmm_",
+        "bitwise_and_",
+        "bitwise_xor_",
+        "nan_to_num_",
+    ]
 }
 """Operators that only overwrite their first argument: on meta there is nothing to do."""
 
-WORKSPACE = {
+WORKSPACE: dict[Any, Callable[..., int]] = {
     torch.ops.aten._linalg_eigh.default: _eigh_scratch,
     torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch,
 }
@@ -200,9 +214,7 @@ def rehearse(
         model, dtype=weights, device="meta", recompute=choice.recompute, attention=attention
     )
     parameters = dict(llama.named_parameters())
-    owner = build_optimizer(
-        optimizer, parameters, llama.roles(), mode=choice.update, seed=0
-    )
+    owner = build_optimizer(optimizer, parameters, llama.roles(), mode=choice.update, seed=0)
     owner.attach(llama)
     track_persistent(tracker, llama, owner)
     if workspace:

@@ -19,6 +19,7 @@ from lowmem.errors import ConfigError
 from lowmem.kernels.attention import choose_backend
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer, learning_rate, takes_rank
+from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.allocator import replay
 from lowmem.planner.candidates import Kind, clip_of, kinds, levels, modes
 from lowmem.planner.plan import Candidate, Card, Choice, Fix, Memory, Plan
@@ -79,9 +80,7 @@ class Job:
                 f"--micro-batch {rows}, or a larger --batch",
             )
         dtype = DTYPES[settled(config.train.weights)]
-        attention = choose_backend(
-            "auto", torch.device(config.train.device), dtype, model.head_dim
-        )
+        attention = choose_backend("auto", torch.device(config.train.device), dtype, model.head_dim)
         return Job(config, card, model, rows, seq_len, attention)
 
     @property
@@ -180,9 +179,9 @@ def _rounded(count: int) -> int:
     return -(-count // GRANULE) * GRANULE
 
 
-def _held(optimizer: "object", mode: UpdateMode) -> Iterator[int]:
+def _held(optimizer: Optimizer, mode: UpdateMode) -> Iterator[int]:
     """Elements held between micro-batches, per weight."""
-    for slot in optimizer.slots.values():  # type: ignore[attr-defined]
+    for slot in optimizer.slots.values():
         whole = mode == "unfused" or slot.method.needs.full_gradient
         yield (slot.weight if whole else slot.method.compress(slot.weight, slot.state)).numel()
 
@@ -232,7 +231,7 @@ def _beside(job: Job, kind: Kind, chosen: Choice, room: int) -> Candidate:
     mode = chosen.update
     if mode == "fused+subspace" and not takes_rank(kind.method):
         mode = "unfused"
-    settings = job.choice(kind, mode, chosen.recompute, chosen.micro_batch)  # type: ignore[arg-type]
+    settings = job.choice(kind, mode, chosen.recompute, chosen.micro_batch)
     peak = job.peak(settings)
     fits = peak <= room
     reason = "fits; comes after the choice in published quality" if fits else "does not fit so"

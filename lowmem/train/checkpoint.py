@@ -156,9 +156,7 @@ def restore(
             f"use lowmem {state.get('lowmem')}",
         )
     load_weights(model, folder / "model")
-    optimizer.restore(
-        read_tensors(folder / STATES), state["numbers"], state["optimizer_updates"]
-    )
+    optimizer.restore(read_tensors(folder / STATES), state["numbers"], state["optimizer_updates"])
     at = Position(state["update"], state["tokens"])
     if batches.of(at.update).digest() != state["next_batch"]:
         raise DataError(

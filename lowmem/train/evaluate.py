@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def _model_folder(path: Path) -> Path:
     return (path if (path / MANIFEST).is_file() else Run.open(path).latest()) / "model"
 
 
-def _json_of(path: Path) -> dict[str, object]:
+def _json_of(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -107,7 +108,7 @@ def _json_of(path: Path) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def _dtype_of(config: dict[str, object]) -> torch.dtype:
+def _dtype_of(config: dict[str, Any]) -> torch.dtype:
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     dtypes = {
         "float32": torch.float32,

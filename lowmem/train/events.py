@@ -75,7 +75,7 @@ class Finished:
 
     update: int
     eval_loss: float
-    unigram_loss: float  # of the validation tokens under training frequencies
+    unigram_loss: float  # of the validation tokens under their own frequencies: their entropy
     tokens: int
     seconds: float
     checkpoint: str

@@ -54,5 +54,5 @@ def require_finite(update: int, loss: float, norm: float, mode: str) -> None:
     raise DivergedError(
         f"update {update}: loss {loss}, gradient norm {norm}",
         f"a number that is not finite; {made}, and nothing was saved after it",
-        "lowmem resume continues from the newest checkpoint; start anew with a lower --lr or --clip",
+        "a lower --lr or --clip; `lowmem resume` begins again at the newest checkpoint",
     )

@@ -13,6 +13,7 @@ from lowmem.config.schema import Config, settled
 from lowmem.data.batches import Batches, UpdateBatch
 from lowmem.data.shards import Corpus, TokenStream
 from lowmem.errors import DataError, HardwareError, Stopped
+from lowmem.kernels.attention import choose_backend
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.optimizer import Optimizer
@@ -76,18 +77,20 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
             report(_trained(update, loss, norm, optimizer, at, batch, started))
             if _due(config.evaluate.every, at.update, updates):
                 report(_evaluated(update, model, validation, config))
-            if stop or _due(config.checkpoint.every, at.update, updates):
-                report(_saved(run, model, optimizer, batches, corpus, at))
-            if stop and at.update < updates:
+            stopping = bool(stop) and at.update < updates
+            if stopping:
                 report(Stopping(str(stop.signal)))
+            if stopping or _due(config.checkpoint.every, at.update, updates):
+                report(_saved(run, model, optimizer, batches, corpus, at))
+            if stopping:
                 raise _stopped(run, str(stop.signal), at.update)
     finished = _finished(run, validation, at, time.perf_counter() - began)
     report(finished)
     return finished
 
 
-def build(config: Config) -> tuple[Llama, Optimizer]:
-    """The model, uninitialised, and its optimizer. HardwareError without the device asked for."""
+def require_hardware(config: Config) -> None:
+    """HardwareError unless this machine has the device and the packages that a run asks for."""
     device = config.train.device
     if device == "cuda" and not torch.cuda.is_available():
         raise HardwareError(
@@ -95,11 +98,20 @@ def build(config: Config) -> tuple[Llama, Optimizer]:
             "a checkpoint continues exactly only on the kind of device it was made on",
             "run it where the card is",
         )
+    model = resolve_model(config.model, Path.cwd())
+    dtype = DTYPES[settled(config.train.weights)]
+    choose_backend(config.train.attention, torch.device(device), dtype, model.head_dim)
+
+
+def build(config: Config) -> tuple[Llama, Optimizer]:
+    """The model, uninitialised, and its optimizer. Raises as `require_hardware`."""
+    require_hardware(config)
     model = Llama(
         resolve_model(config.model, Path.cwd()),
         dtype=DTYPES[settled(config.train.weights)],
-        device=device,
+        device=config.train.device,
         recompute=settled(config.train.recompute),
+        attention=config.train.attention,
     )
     optimizer = build_optimizer(
         config.optimizer,

@@ -47,7 +47,9 @@ class Run:
             ) from None
         except OSError as error:
             raise ConfigError(
-                f"the run folder {folder} cannot be made", str(error), "--out with a writable folder"
+                f"the run folder {folder} cannot be made",
+                str(error),
+                "--out with a writable folder",
             ) from None
         config = _self_contained(config, folder.name)
         (folder / "checkpoints").mkdir()

@@ -138,7 +138,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 def test_run_checkpoint_and_export_evaluate_alike(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["export", "runs/one", "--out", "hf"]) == 0
+    assert run(["export", "runs/one", "hf"]) == 0
     paths = ("runs/one", "runs/one/checkpoints/step-000004", "hf")
     results = [result(capsys, "eval", path) for path in paths]
     assert len({r["loss"] for r in results}) == 1
@@ -148,7 +148,7 @@ def test_run_checkpoint_and_export_evaluate_alike(
     assert fewer["tokens"] == 40
     Path("other.txt").write_text("nothing like the rest; " * 500)
     assert result(capsys, "eval", "hf", "--data", "other.txt")["loss"] > results[0]["loss"]
-    refused(capsys, 2, ["export", "runs/one", "--out", "hf"])
+    refused(capsys, 2, ["export", "runs/one", "hf"])
 
 
 def test_a_sample_begins_with_the_prompt_and_repeats_with_its_seed(
@@ -236,7 +236,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(
         (5, ["resume", "nothing"], "nothing"),
         (5, ["eval", "nothing"], "nothing"),
         (5, ["sample", "nothing"], "nothing"),
-        (5, ["export", "nothing", "--out", "x"], "nothing"),
+        (5, ["export", "nothing", "x"], "nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

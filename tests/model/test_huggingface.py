@@ -8,13 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowmem.config.schema import ModelConfig, RopeScaling
-from lowmem.errors import CheckpointError, ConfigError
-from lowmem.model.huggingface import (
-    huggingface_config,
-    load_folder,
-    model_config_from_huggingface,
-    save_folder,
-)
+from lowmem.errors import CheckpointError
+from lowmem.model.huggingface import load_folder, save_folder
 from lowmem.model.llama import Llama
 
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -136,52 +131,3 @@ def test_a_damaged_folder_is_refused_by_name(how: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     with pytest.raises(CheckpointError, match=r"config.json is missing"):
         load_folder(tmp_path, torch.float32, "cpu")
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_config_survives_the_way_there_and_back(shape: str) -> None:
-    config = small(**SHAPES[shape]).config
-    data = huggingface_config(config, torch.bfloat16)
-    assert data["torch_dtype"] == "bfloat16"
-    assert model_config_from_huggingface(json.loads(json.dumps(data))) == config
-    assert model_config_from_huggingface(LlamaConfig(**data).to_dict()) == config
-
-
-def test_both_ways_to_write_the_rotary_scheme_are_read() -> None:
-    four = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    five = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
-    read = [
-        model_config_from_huggingface({"model_type": "llama", **FIELDS, **form})
-        for form in (four, five)
-    ]
-    assert read[0] == read[1]
-    assert read[0].rope_theta == 5e5
-    assert read[0].rope_scaling == RopeScaling(type="linear", factor=2.0)
-
-
-def test_token_ids_that_are_lists_or_none_are_read() -> None:
-    tokens = {"eos_token_id": [7, 8], "pad_token_id": -1, "bos_token_id": 0}
-    config = model_config_from_huggingface({"model_type": "llama", **FIELDS, **tokens})
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 7, None)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"model_type": "mistral"}, "mistral"),
-        ({"model_type": None}, "model_type"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "dynamic"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
-    ],
-)
-def test_other_models_are_refused_with_their_value(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named) as error:
-        model_config_from_huggingface({"model_type": "llama", **FIELDS, **change})
-    assert error.value.why
-    assert error.value.fix

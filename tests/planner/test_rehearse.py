@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowmem.config.presets import read_preset
 from lowmem.config.schema import ModelConfig, OptimizerConfig
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
@@ -14,13 +15,15 @@ from lowmem.optim.step import gather
 from lowmem.planner.plan import Choice
 from lowmem.planner.rehearse import DTYPES, LiveBytes, part_of, rehearse, track_persistent
 
-MODEL = ModelConfig(
-    hidden_size=64,
-    intermediate_size=172,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=1000,
+MODEL = ModelConfig.model_validate(
+    {
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+    }
 )
 METHODS: dict[str, dict[str, Any]] = {
     "adamw": {"method": "adamw"},
@@ -32,19 +35,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def choice(mode: str, level: str, weights: str, accumulate: int) -> Choice:
+def choice(mode: Any, level: Any, weights: Any, accumulate: int) -> Choice:
     clip = None if mode == "fused" else 1.0
     return Choice("", None, "", weights, mode, level, 2, accumulate, clip)
 
 
 def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> int:
     """The tracker's peak over two updates on CPU tensors."""
-    model = Llama(MODEL, dtype=DTYPES[how.weights], device="cpu", recompute=how.recompute)  # type: ignore[arg-type]
+    model = Llama(MODEL, dtype=DTYPES[how.weights], device="cpu", recompute=how.recompute)
     model.initialise(0)
     weights = dict(model.named_parameters())
-    optimizer = build_optimizer(
-        optimizer_config, weights, model.roles(), mode=how.update, seed=0  # type: ignore[arg-type]
-    )
+    optimizer = build_optimizer(optimizer_config, weights, model.roles(), mode=how.update, seed=0)
     optimizer.attach(model)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,12 +89,7 @@ def test_meta_equals_real_to_the_byte(
 
 def test_persistent_bytes_of_7b_are_those_of_the_formula() -> None:
     """planner.md 5.1, written out for GaLore rank 1024 with 8-bit moments and bf16 weights."""
-    seven = ModelConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-    )
+    seven = read_preset("llama-7b")
     optimizer = OptimizerConfig(method="galore", rank=1024, states="8bit")
     how = choice("fused", "full", "bf16", 1)
     parts = rehearse(seven, optimizer, how, 256, attention="flash").parts

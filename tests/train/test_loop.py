@@ -15,7 +15,7 @@ from lowmem.errors import DataError, DivergedError
 from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors
-from lowmem.train.events import Event, Evaluated, Finished, Measured, Started
+from lowmem.train.events import Evaluated, Event, Finished, Measured, Started
 from lowmem.train.loop import build, train
 from lowmem.train.run import Run
 from lowmem.train.schedule import learning_rate
