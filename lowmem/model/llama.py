@@ -18,6 +18,7 @@ from lowmem.kernels import rope
 from lowmem.kernels.attention import Backend, choose_backend
 from lowmem.kernels.linear_cross_entropy import linear_cross_entropy
 from lowmem.kernels.rms_norm import rms_norm
+from lowmem.kernels.vector_math import settle_vector_math
 from lowmem.model.block import Block, BlockStep, GradientSink, Linear, Norm, Rotation
 from lowmem.model.ends import EmbeddingStep, LossStep
 from lowmem.model.recompute import level_of
@@ -70,6 +71,8 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         device = torch.device(device)
+        if device.type == "cpu":
+            settle_vector_math()
         self.config, self.recompute = config, recompute
         self.backend = choose_backend(attention, device, dtype, config.head_dim)
         self.model = Decoder(config, self.backend, dtype, device)
