@@ -40,9 +40,6 @@ def number(state: State, key: str) -> int:
 
 
 class Format(Protocol):
-    @property
-    def name(self) -> str: ...
-
     def zeros(self, state: State, key: str, like: Tensor, signed: bool) -> None:
         """Allocate a state tensor of like's shape on its device, filled with zero."""
 
@@ -54,7 +51,7 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class Float32:
-    name: str = "fp32"
+    """Plain float32."""
 
     def zeros(self, state: State, key: str, like: Tensor, signed: bool) -> None:
         state[key] = torch.zeros_like(like, dtype=torch.float32)
@@ -70,8 +67,6 @@ class Float32:
 class BFloat16:
     """Written with stochastic rounding: bf16 * 0.999 rounds back to itself, so a second moment
     that is rounded to nearest never decays."""
-
-    name: str = "bf16"
 
     def zeros(self, state: State, key: str, like: Tensor, signed: bool) -> None:
         state[key] = torch.zeros_like(like, dtype=torch.bfloat16)
@@ -93,7 +88,6 @@ class Blockwise8:
 
     min_elements: int = 4096
     floor_codes: bool = True
-    name: str = "8bit"
 
     def zeros(self, state: State, key: str, like: Tensor, signed: bool) -> None:
         if like.numel() < self.min_elements:

@@ -1,7 +1,7 @@
 """From the subspace back to full size, and what happens to the part of the gradient outside it."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class ProjectBack:
     """
 
     scale: float = 0.25
-    needs_gradient: bool = False
+    needs_gradient: ClassVar[bool] = False
 
     def init(self, state: State, weight: Tensor) -> None:
         """No state."""

@@ -22,10 +22,6 @@ Rows = Callable[[int, int], Tensor]
 
 
 class Projector(Protocol):
-    @property
-    def needs_gradient(self) -> bool:
-        """Does `refresh` look at the gradient?"""
-
     def init(self, state: State, weight: Tensor) -> None: ...
 
     def refresh(self, grad: Tensor, state: State) -> None:
@@ -58,7 +54,6 @@ class SVD:
 
     rank: int
     side: Side = "std"
-    needs_gradient: bool = True
 
     def init(self, state: State, weight: Tensor) -> None:
         right = projects_right(self.side, weight.shape)

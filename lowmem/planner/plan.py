@@ -52,7 +52,8 @@ class Choice:
         rank = "" if self.rank is None else f" rank {self.rank}"
         return (
             f"{self.method}{rank}, {self.states} states, {self.weights} weights, {self.update}, "
-            f"recompute {self.recompute}, micro-batch {self.micro_batch} x {self.accumulate}"
+            f"recompute {self.recompute}, micro-batch {self.micro_batch} x {self.accumulate}, "
+            f"clip {'off' if self.clip is None else self.clip}"
         )
 
 

@@ -9,8 +9,9 @@ from lowmem.config.defaults import settle
 from lowmem.config.schema import Config
 from lowmem.errors import ConfigError
 from lowmem.planner.hardware import find_card
+from lowmem.planner.job import Job
 from lowmem.planner.plan import Plan
-from lowmem.planner.search import Job, make_plan
+from lowmem.planner.search import make_plan
 from lowmem.units import GIB
 
 

@@ -1,0 +1,157 @@
+"""What a configuration needs on a card: quick estimates for the search, the exact peak at the end.
+
+Estimates come from two rehearsals with three and four blocks, extended to the model's depth; the
+exact peak from the whole model, with its allocations replayed through the allocator.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lowmem.config.defaults import rows_of
+from lowmem.config.presets import resolve_model
+from lowmem.config.schema import Config, Level, ModelConfig, UpdateMode, settled
+from lowmem.errors import ConfigError
+from lowmem.kernels.attention import choose_backend
+from lowmem.model.llama import Llama
+from lowmem.optim.assign import build_optimizer
+from lowmem.optim.optimizer import Optimizer
+from lowmem.planner.allocator import replay
+from lowmem.planner.candidates import Kind, clip_of
+from lowmem.planner.plan import Card, Choice, Memory
+from lowmem.planner.rehearse import DTYPES, GRANULE, Rehearsal, rehearse
+from lowmem.units import MIB
+
+CUBLAS_WORKSPACE = 2 * 8_519_680  # one per thread that multiplies; planner.md section 7.1
+HOPPER_WORKSPACE = 2 * 33_554_432
+_SHALLOW = (3, 4)  # blocks of the two estimating rehearsals
+
+
+@dataclass
+class Job:
+    """What is planned: a configuration on a card, with estimates that were made already."""
+
+    config: Config
+    card: Card
+    model: ModelConfig
+    rows: int
+    seq_len: int
+    attention: str
+    _tensors: dict[tuple[Choice, int], int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(config: Config, card: Card) -> "Job":
+        model = resolve_model(config.model, Path.cwd())
+        seq_len = settled(config.data.seq_len)
+        rows = rows_of(config.train.batch, seq_len)
+        micro = config.train.micro_batch
+        if micro != "auto" and settled(micro) > rows:
+            raise ConfigError(
+                f"train.micro_batch = {micro} is more than the batch of {rows} sequences",
+                "a micro-batch is a part of the batch",
+                f"--micro-batch {rows}, or a larger --batch",
+            )
+        dtype = DTYPES[settled(config.train.weights)]
+        attention = choose_backend("auto", torch.device(config.train.device), dtype, model.head_dim)
+        return Job(config, card, model, rows, seq_len, attention)
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that libraries hold throughout a run on this device."""
+        if self.config.train.device == "cpu":
+            return 0
+        hopper = any(name in self.card.name.lower() for name in ("h100", "h200"))
+        return HOPPER_WORKSPACE if hopper else CUBLAS_WORKSPACE
+
+    def choice(self, kind: Kind, mode: UpdateMode, level: Level, micro: int) -> Choice:
+        """These settings as a Choice, with micro-batches made equal in size."""
+        accumulate = math.ceil(self.rows / micro)
+        return Choice(
+            kind.method,
+            kind.rank,
+            kind.states,
+            settled(self.config.train.weights),
+            mode,
+            level,
+            micro if self.config.train.micro_batch != "auto" else math.ceil(self.rows / accumulate),
+            accumulate,
+            clip_of(self.config, mode),
+        )
+
+    def persistent(self, choice: Choice) -> int:
+        """Weights, states and held sums: a lower bound, from the method's own `init`."""
+        one, two = (self._persistent(choice, blocks) for blocks in (1, 2))
+        return one + (self.model.num_hidden_layers - 1) * (two - one)
+
+    def _persistent(self, choice: Choice, blocks: int) -> int:
+        model = self.model.model_copy(update={"num_hidden_layers": blocks})
+        llama = Llama(model, dtype=DTYPES[choice.weights], device="meta", attention=self.attention)
+        weights = dict(llama.named_parameters())
+        optimizer = build_optimizer(
+            kind_of(choice).optimizer(self.config.optimizer),
+            weights,
+            llama.roles(),
+            mode=choice.update,
+            seed=0,
+        )
+        total = sum(_rounded(weight.nbytes) for weight in weights.values())
+        total += sum(_rounded(value.nbytes) for _, value in optimizer.state_tensors())
+        if choice.accumulate > 1:
+            total += sum(_rounded(4 * count) for count in _held(optimizer, choice.update))
+        return total + self.workspace
+
+    def peak(self, choice: Choice) -> int:
+        """Estimated bytes that the allocator will have reserved at the peak."""
+        depth = self.model.num_hidden_layers
+        if depth <= _SHALLOW[1]:
+            return self._reserved(self._rehearsed(choice, depth))
+        few, more = (self._rehearsed(choice, blocks) for blocks in _SHALLOW)
+        return self._reserved(few + (depth - _SHALLOW[0]) * (more - few))
+
+    def _rehearsed(self, choice: Choice, blocks: int) -> int:
+        key = (choice, blocks)
+        if key not in self._tensors:
+            self._tensors[key] = self._rehearsal(choice, blocks).tensors
+        return self._tensors[key]
+
+    def _rehearsal(self, choice: Choice, blocks: int | None = None) -> Rehearsal:
+        return rehearse(
+            self.model,
+            kind_of(choice).optimizer(self.config.optimizer),
+            choice,
+            self.seq_len,
+            attention=self.attention,
+            workspace=self.workspace,
+            blocks=blocks,
+        )
+
+    def _reserved(self, tensors: int) -> int:
+        if self.config.train.device == "cpu":
+            return tensors
+        return round(1.003 * tensors) + 40 * MIB  # whole pages; the replay of the winner decides
+
+    def memory(self, choice: Choice) -> Memory:
+        """The exact peak: the whole model rehearsed, its allocations replayed."""
+        full = self._rehearsal(choice)
+        if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
+            return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
+        peaks = replay(full.events, expandable=True)
+        return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
+
+
+def kind_of(choice: Choice) -> Kind:
+    return Kind(choice.method, choice.rank, choice.states)
+
+
+def _rounded(count: int) -> int:
+    return -(-count // GRANULE) * GRANULE
+
+
+def _held(optimizer: Optimizer, mode: UpdateMode) -> Iterator[int]:
+    """Elements held between micro-batches, per weight."""
+    for slot in optimizer.slots.values():
+        whole = mode == "unfused" or slot.method.needs.full_gradient
+        yield (slot.weight if whole else slot.method.compress(slot.weight, slot.state)).numel()
