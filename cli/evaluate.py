@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
@@ -48,8 +49,11 @@ def _config(given: Given, path: Path, model: Path, console: Console) -> Config:
     }
     run = run_of(path)
     own = run.config.data if run is not None else _data_of(model)
-    data = own.model_copy(update=chosen)
-    return result.config.model_copy(update={"model": str(model), "data": data})
+    changes: dict[str, Any] = {"model": str(model), "data": own.model_copy(update=chosen)}
+    if run is not None:  # its budget decides how much of a stream was prepared
+        device = result.config.train.device
+        changes["train"] = run.config.train.model_copy(update={"device": device})
+    return result.config.model_copy(update=changes)
 
 
 def _data_of(model: Path) -> DataConfig:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.cli.settings import explicit_command, loaded, planned, require_fit
+from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
-from lowmem.config.schema import Config
+from lowmem.config.schema import Config, settled
 from lowmem.errors import LowMemError
 from lowmem.train.events import Finished, perplexity
 
@@ -58,8 +59,17 @@ def corpus_of(config: Config, console: Console) -> "Corpus":
         return corpus_for(
             config.data,
             vocab_size,
+            max_tokens=_streamed_tokens(config),
             progress=lambda p: report(p.bytes_done, p.bytes, f"{p.tokens:,} tokens"),
         )
+
+
+def _streamed_tokens(config: Config) -> int | None:
+    """Tokens to take from a stream that is larger than any run: what the run will read, once."""
+    if config.data.source != "c4" or config.train.updates == "auto":
+        return None
+    seq_len = settled(config.data.seq_len)
+    return settled(config.train.updates) * rows_of(config.train.batch, seq_len) * seq_len + 1
 
 
 @contextmanager
