@@ -24,6 +24,7 @@ def main() -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; return its exit code."""
+    _configure_cuda()
     traced = os.environ.get("LOWMEM_LOG") == "debug" or not {"-v", "--verbose"}.isdisjoint(
         arguments
     )
@@ -46,6 +47,17 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         _trace(error, traced)
         return tell_bug(error, traced=traced)
+
+
+def _configure_cuda() -> None:
+    """Settings that CUDA reads once, before torch is imported; what the user set stays.
+
+    Expandable segments keep fragmentation below a percent, which the planner counts on; a fixed
+    cuBLAS workspace makes products repeat bit for bit.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _trace(error: Exception, traced: bool) -> None:

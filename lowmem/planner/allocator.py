@@ -12,6 +12,7 @@ get_free_block, should_split, get_allocation_size, try_allocate_expandable_block
 c10/core/AllocatorConfig.h.
 """
 
+import os
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ class Peaks:
     tensors: int
     allocated: int
     reserved: int
+
+
+def expandable_segments() -> bool:
+    """Will a run started from here use them? Yes, unless the user configured something else."""
+    told = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    return told is None or "expandable_segments:true" in told.lower()
 
 
 def replay(events: Iterable[Event], *, expandable: bool) -> Peaks:

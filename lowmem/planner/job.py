@@ -19,14 +19,14 @@ from lowmem.kernels.attention import choose_backend
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.optimizer import Optimizer
-from lowmem.planner.allocator import replay
+from lowmem.planner.allocator import expandable_segments, replay
 from lowmem.planner.candidates import Kind, clip_of
 from lowmem.planner.plan import Card, Choice, Memory
 from lowmem.planner.rehearse import DTYPES, GRANULE, Rehearsal, rehearse
 from lowmem.units import MIB
 
-CUBLAS_WORKSPACE = 2 * 8_519_680  # one per thread that multiplies; planner.md section 7.1
-HOPPER_WORKSPACE = 2 * 33_554_432
+# One of ":4096:8" (cli/main.py) for each of the two threads that multiply: ours and autograd's.
+CUBLAS_WORKSPACE = 2 * 33_554_432
 _SHALLOW = (3, 4)  # blocks of the two estimating rehearsals
 
 
@@ -61,10 +61,7 @@ class Job:
     @property
     def workspace(self) -> int:
         """Bytes that libraries hold throughout a run on this device."""
-        if self.config.train.device == "cpu":
-            return 0
-        hopper = any(name in self.card.name.lower() for name in ("h100", "h200"))
-        return HOPPER_WORKSPACE if hopper else CUBLAS_WORKSPACE
+        return 0 if self.config.train.device == "cpu" else CUBLAS_WORKSPACE
 
     def choice(self, kind: Kind, mode: UpdateMode, level: Level, micro: int) -> Choice:
         """These settings as a Choice, with micro-batches made equal in size."""
@@ -138,7 +135,7 @@ class Job:
         full = self._rehearsal(choice)
         if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
             return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
-        peaks = replay(full.events, expandable=True)
+        peaks = replay(full.events, expandable=expandable_segments())
         return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
 
 

@@ -30,6 +30,7 @@ from lowmem.phases import current_phase
 from lowmem.planner.plan import Choice
 
 GRANULE = 512  # the CUDA caching allocator rounds every request up to it
+_MULTIPROCESSORS = 132  # of the largest cards that are common
 _STRAY_BYTES = 2**20  # more than this in real memory during a rehearsal is a bug
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -140,10 +141,12 @@ def _eigh_scratch(matrix: Tensor, *rest: Any) -> int:
 
 
 def _flash_backward_scratch(grad: Tensor, query: Tensor, *rest: Any) -> int:
-    # flash-attention 2: float32 query gradient, padded to 128 tokens and 32 columns, and row sums.
+    # flash-attention 2: row sums, and a float32 query gradient padded to 128 tokens and 32 columns,
+    # in deterministic mode (which exact resume needs) one for each share of the processors.
     batch, heads, length, width = query.shape
     tokens, columns = -(-length // 128) * 128, -(-width // 32) * 32
-    return 4 * batch * heads * tokens * (columns + 1)
+    shares = -(-_MULTIPROCESSORS // (batch * heads))
+    return 4 * batch * heads * tokens * (columns * shares + 1)
 
 
 IN_PLACE = {

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lowmem.errors import DivergedError
+import torch
+
+from lowmem.errors import DivergedError, OutOfMemoryError
 
 
 class StopRequest:
@@ -44,6 +46,19 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def told_out_of_memory(update: int) -> Iterator[None]:
+    """Turn the device's out-of-memory error into ours, with what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"update {update}: the device ran out of memory although the plan fitted",
+            str(error).partition("\n")[0],
+            "close what else uses the card and lowmem resume, or train with a smaller --micro-batch",
+        ) from None
 
 
 def require_finite(update: int, loss: float, norm: float, mode: str) -> None:

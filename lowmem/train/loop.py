@@ -33,7 +33,7 @@ from lowmem.train.events import (
     Stopping,
     Trained,
 )
-from lowmem.train.guard import require_finite, stop_requests
+from lowmem.train.guard import require_finite, stop_requests, told_out_of_memory
 from lowmem.train.measure import measured_peak, memory_bytes
 from lowmem.train.run import LATEST, Run
 from lowmem.train.schedule import learning_rate
@@ -61,7 +61,8 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
             batch = batches.of(update)
             micro_batches = list(batch.micro_batches(rows))
             lr = learning_rate(config.schedule, settled(config.optimizer.lr), update, updates)
-            with measured_peak(model, optimizer, plan if update == 0 else None, report):
+            first = plan if update == 0 else None
+            with told_out_of_memory(update), measured_peak(model, optimizer, first, report):
                 loss, norm = gather(
                     model,
                     optimizer,
@@ -106,6 +107,9 @@ def require_hardware(config: Config) -> None:
 def build(config: Config) -> tuple[Llama, Optimizer]:
     """The model, uninitialised, and its optimizer. Raises as `require_hardware`."""
     require_hardware(config)
+    if config.train.device == "cuda":
+        # A resumed run equals the uninterrupted one only if every kernel repeats itself.
+        torch.use_deterministic_algorithms(True, warn_only=True)
     model = Llama(
         resolve_model(config.model, Path.cwd()),
         dtype=DTYPES[settled(config.train.weights)],

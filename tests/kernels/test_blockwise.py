@@ -67,3 +67,14 @@ def test_floor_lifts_only_positive_underflow() -> None:
     floored, _ = quantize(x, signed=False, floor_codes=True)
     assert plain.tolist() == [255, 0, 0]
     assert floored.tolist() == [255, 1, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_card_quantises_like_the_cpu(signed: bool) -> None:
+    x = sample(5000, signed)
+    codes, absmax = quantize(x, signed)
+    on_card = quantize(x.cuda(), signed)
+    assert torch.equal(on_card[0].cpu(), codes)
+    assert torch.equal(on_card[1].cpu(), absmax)

@@ -42,3 +42,11 @@ def test_noise_depends_on_seed_and_index_only() -> None:
     assert torch.equal(whole[300:], hashed_bits(700, seed=5, offset=300, device=CPU))
     for other in (6, 5 + 2**40):
         assert (whole == hashed_bits(1000, seed=other, offset=0, device=CPU)).sum() < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_card_rounds_like_the_cpu() -> None:
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(1))
+    on_card = stochastic_round(values.cuda(), seed=7, offset=12345)
+    assert torch.equal(on_card.cpu(), stochastic_round(values.clone(), seed=7, offset=12345))

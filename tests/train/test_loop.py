@@ -11,7 +11,7 @@ import torch
 from lowmem.config.schema import Config
 from lowmem.data.batches import Batches
 from lowmem.data.shards import Corpus
-from lowmem.errors import DataError, DivergedError
+from lowmem.errors import DataError, DivergedError, OutOfMemoryError
 from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors
@@ -160,3 +160,38 @@ def test_a_corpus_of_validation_files_cannot_be_trained_on(
 
     with pytest.raises(DataError, match="no training part"):
         planned_run(tiny_config(), replace(tiny_corpus, train=None))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["unfused", "fused+subspace", "fused"])
+def test_a_card_trains_within_the_planned_memory(
+    mode: str, tiny_config: MakeConfig, tiny_corpus: Corpus
+) -> None:
+    """Reserved memory beside the plan, for a model that is large enough to measure."""
+    from lowmem.config.presets import read_preset
+
+    config = tiny_config(
+        model=read_preset("llama-60m").model_dump(),
+        optimizer={"method": "galore", "states": "8bit"},
+        train={"device": "cuda", "update": mode, "updates": 2, "weights": "bf16"},
+    )
+    plan = make_plan(config, find_card("24GB", "cuda"), [])
+    run = Run.create(plan.config, plan.to_json())
+    events: list[Event] = []
+    train(run, tiny_corpus, events.append, plan)
+    (measured,) = [event for event in events if isinstance(event, Measured)]
+    # planner.md section 1: within 2 %, never under by more than 1 %.
+    assert measured.measured <= 1.01 * measured.planned
+    assert measured.measured >= 0.98 * measured.planned
+
+
+def test_running_out_of_memory_is_told(
+    tiny_config: MakeConfig, tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("lowmem.train.loop.gather", full)
+    with pytest.raises(OutOfMemoryError, match="update 0: the device ran out of memory"):
+        planned_run(tiny_config(), tiny_corpus)

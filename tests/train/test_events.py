@@ -1,0 +1,112 @@
+"""Events: their names and keys are what scripts and trackers read, so they never change."""
+
+import json
+import math
+from dataclasses import fields
+from typing import Any, get_args
+
+import pytest
+
+from lowmem.train.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Measured,
+    Saved,
+    Started,
+    Stopping,
+    Trained,
+    perplexity,
+    to_record,
+)
+
+RECORDS: list[tuple[Event, dict[str, Any]]] = [
+    (
+        Trained(3, 4.5, 0.01, 1024, 0.7, "kept", 0.5, 512.0, 10**9),
+        {
+            "update": 3,
+            "loss": 4.5,
+            "lr": 0.01,
+            "tokens": 1024,
+            "grad_norm": 0.7,
+            "norm_of": "kept",
+            "seconds": 0.5,
+            "tokens_per_second": 512.0,
+            "memory_bytes": 10**9,
+        },
+    ),
+    (
+        Evaluated(3, 4.5, 2000, 0.5),
+        {"update": 3, "eval_loss": 4.5, "eval_tokens": 2000, "seconds": 0.5},
+    ),
+    (
+        Started(4, 10, 256, "runs/a", "runs/a/checkpoints/step-000004"),
+        {
+            "event": "started",
+            "update": 4,
+            "updates": 10,
+            "tokens_per_update": 256,
+            "folder": "runs/a",
+            "resumed_from": "runs/a/checkpoints/step-000004",
+        },
+    ),
+    (
+        Saved(4, "runs/a/checkpoints/step-000004", 1000, 0.5),
+        {
+            "event": "saved",
+            "update": 4,
+            "path": "runs/a/checkpoints/step-000004",
+            "bytes": 1000,
+            "seconds": 0.5,
+        },
+    ),
+    (
+        Measured("tensors", 100, 99),
+        {"event": "measured", "what": "tensors", "planned": 100, "measured": 99},
+    ),
+    (Stopping("SIGTERM"), {"event": "stopping", "signal": "SIGTERM"}),
+    (
+        Finished(10, 4.5, 6.5, 2560, 9.0, "runs/a/checkpoints/step-000010"),
+        {
+            "event": "finished",
+            "update": 10,
+            "eval_loss": 4.5,
+            "unigram_loss": 6.5,
+            "tokens": 2560,
+            "seconds": 9.0,
+            "checkpoint": "runs/a/checkpoints/step-000010",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("event", "record"), RECORDS, ids=[type(event).__name__ for event, _ in RECORDS]
+)
+def test_records_have_their_stable_keys(event: Event, record: dict[str, Any]) -> None:
+    assert to_record(event) == record
+    assert json.loads(json.dumps(to_record(event))) == record
+
+
+def test_every_event_is_pinned() -> None:
+    assert {type(event) for event, _ in RECORDS} == set(get_args(Event))
+
+
+def test_metrics_are_told_apart_by_their_losses() -> None:
+    """Both kinds share a file without naming themselves."""
+    trained, evaluated = ({field.name for field in fields(c)} for c in (Trained, Evaluated))
+    assert "loss" in trained - evaluated
+    assert "eval_loss" in evaluated - trained
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (1.0, math.e), (690.0, 690.0)])
+def test_perplexity_is_the_exponential_of_the_loss(loss: float, expected: float) -> None:
+    if loss == expected:  # large ones are compared by their logarithm
+        assert math.log(perplexity(loss)) == pytest.approx(loss)
+    else:
+        assert perplexity(loss) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", [710.0, 1e4, math.inf])
+def test_perplexity_beyond_a_float_is_infinite(loss: float) -> None:
+    assert perplexity(loss) == math.inf
