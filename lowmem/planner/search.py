@@ -133,11 +133,10 @@ def _largest_micro_batch(
     top = job.choice(kind, mode, level, cap)
     if job.peak(top) <= room:
         return top
-    least = job.peak(job.choice(kind, mode, level, 1))
-    if least > room:
+    one, two = (job.peak(job.choice(kind, mode, level, micro)) for micro in (1, min(2, cap)))
+    if one > room:
         return None
-    slope = (job.peak(top) - least) / max(1, top.micro_batch - 1)
-    micro = min(cap - 1, 1 + int((room - least) / max(slope, 1)))
+    micro = min(cap, 1 + int((room - one) / max(two - one, 1)))
     while micro > 1 and job.peak(job.choice(kind, mode, level, micro)) > room:
         micro -= max(1, micro // 8)
     return job.choice(kind, mode, level, max(1, micro))
