@@ -17,6 +17,7 @@ from lowmem.planner.plan import Candidate, Card, Choice, Memory, Plan
 from lowmem.units import format_bytes
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed
+ATTEMPTS = 5
 ENOUGH_TOKENS = 2048  # below that matmuls are slow, and recomputation is the better price
 
 
@@ -27,13 +28,14 @@ def make_plan(config: Config, card: Card, notes: list[str]) -> Plan:
     """
     job = Job.of(config, card)
     room = card.usable_bytes
-    for _ in range(4):
+    for attempt in range(1, ATTEMPTS + 1):
         rows, choice = search(job, room)
         memory = job.memory(choice)
-        excess = memory.reserved - card.usable_bytes
-        if excess <= 0 or not any(row.fits for row in rows):
+        if memory.reserved <= card.usable_bytes or not any(row.fits for row in rows):
             break
-        room -= excess  # the estimate was too low by that much
+        # Fragmentation was underestimated by this much; more of it each time, so that it ends.
+        missed = memory.reserved - job.peak(choice)
+        room = min(room, card.usable_bytes - attempt * missed)
     rows = [_exact(row, memory) if row.choice == choice else row for row in rows]
     filled = _filled(config, choice, job.model)
     plan = Plan(filled, card, choice, memory, rows, [], [*notes, *_said(config, filled)])

@@ -120,3 +120,13 @@ def test_the_estimate_is_close_to_the_whole_rehearsal() -> None:
     plan = make_plan(config, card, [])
     estimate = Job.of(config, card).peak(plan.choice)
     assert estimate == pytest.approx(plan.memory.reserved, rel=0.03)
+
+
+@pytest.mark.slow
+def test_a_choice_near_the_brim_is_made_to_fit() -> None:
+    """Fragmentation beyond the estimate must shrink the micro-batch, not refuse the run."""
+    plan = plan_of("llama-7b", "24GB", data={"source": "c4"})
+    assert plan.fits
+    assert plan.choice.update == "fused+subspace"
+    assert plan.choice.accumulate > 1
+    assert plan.memory.reserved > 0.9 * plan.card.usable_bytes

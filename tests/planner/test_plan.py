@@ -1,0 +1,96 @@
+"""The published form of a plan: keys and meanings that scripts rely on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from lowmem.config.schema import Config
+from lowmem.planner.plan import Candidate, Card, Choice, Fix, Memory, Plan
+
+CARD = Card("rtx4090", total=24_000, context=500, others=300, margin=200, source="preset")
+CHOICE = Choice("galore", {"mlp": 8, "attention": 4}, "8bit", "bf16", "unfused", "attn", 4, 3, 1.0)
+MEMORY = Memory(9000, 9500, 10_000, {"weights": 4000, "states": 5000}, "backward of block 2, loss")
+PLAN = Plan(
+    Config(),
+    CARD,
+    CHOICE,
+    MEMORY,
+    [Candidate(replace(CHOICE, method="adamw", rank=None), False, 30_000, True, "7 B too much")],
+    [Fix("--recompute full", 1000, True)],
+    ["lr 0.01: arXiv:2403.03507"],
+)
+
+
+def test_the_card_leaves_what_nothing_else_takes() -> None:
+    assert CARD.usable_bytes == 24_000 - 500 - 300 - 200
+
+
+@pytest.mark.parametrize(("reserved", "fits"), [(22_999, True), (23_000, True), (23_001, False)])
+def test_a_plan_fits_up_to_the_last_byte(reserved: int, fits: bool) -> None:
+    plan = replace(PLAN, memory=replace(MEMORY, reserved=reserved))
+    assert plan.fits == fits == plan.to_json()["fits"]
+
+
+def test_the_published_form_has_these_keys_and_no_others() -> None:
+    record = json.loads(json.dumps(PLAN.to_json()))
+    config = record.pop("config")
+    choice = {
+        "method": "galore",
+        "rank": {"mlp": 8, "attention": 4},
+        "states": "8bit",
+        "weights": "bf16",
+        "update": "unfused",
+        "recompute": "attn",
+        "micro_batch": 4,
+        "accumulate": 3,
+        "clip": 1.0,
+    }
+    assert record == {
+        "schema_version": 1,
+        "fits": True,
+        "usable_bytes": 23_000,
+        "peak_bytes": 10_000,
+        "tensor_bytes": 9000,
+        "allocated_bytes": 9500,
+        "device_bytes": 10_000 + 500 + 300,
+        "instant": "backward of block 2, loss",
+        "parts": {"weights": 4000, "states": 5000},
+        "choice": choice,
+        "candidates": [
+            {
+                "choice": choice | {"method": "adamw", "rank": None},
+                "fits": False,
+                "peak_bytes": 30_000,
+                "bound": True,
+                "reason": "7 B too much",
+            }
+        ],
+        "fixes": [{"flags": "--recompute full", "saves": 1000, "fits": True}],
+        "card": {
+            "name": "rtx4090",
+            "total": 24_000,
+            "context": 500,
+            "others": 300,
+            "margin": 200,
+            "source": "preset",
+            "kind": "cuda",
+        },
+        "notes": ["lr 0.01: arXiv:2403.03507"],
+    }
+    assert Config.model_validate(config) == PLAN.config
+
+
+@pytest.mark.parametrize(
+    ("choice", "said", "unsaid"),
+    [
+        (CHOICE, ["galore rank {'mlp': 8, 'attention': 4}", "8bit states", "bf16 weights"], []),
+        (CHOICE, ["unfused", "recompute attn", "micro-batch 4 x 3"], []),
+        (replace(CHOICE, method="adamw", rank=None), ["adamw, 8bit states"], ["rank"]),
+        (replace(CHOICE, rank=0.25), ["galore rank 0.25,"], []),
+    ],
+)
+def test_a_choice_in_a_sentence(choice: Choice, said: list[str], unsaid: list[str]) -> None:
+    sentence = choice.sentence()
+    assert all(words in sentence for words in said)
+    assert not any(words in sentence for words in unsaid)
