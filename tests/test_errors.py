@@ -1,0 +1,46 @@
+"""Errors: scripts may rely on their exit codes, people on their three parts."""
+
+import pytest
+
+from lowmem import errors
+from lowmem.errors import LowMemError, nearest
+
+EXIT_CODES = {
+    "LowMemError": 1,
+    "ConfigError": 2,
+    "PlanError": 3,
+    "DataError": 4,
+    "CheckpointError": 5,
+    "DivergedError": 6,
+    "OutOfMemoryError": 7,
+    "HardwareError": 8,
+    "Stopped": 75,  # EX_TEMPFAIL: try again
+}
+
+
+def test_exit_codes_are_those_that_scripts_know() -> None:
+    classes = [c for c in vars(errors).values() if isinstance(c, type)]
+    assert {c.__name__: c.exit_code for c in classes if issubclass(c, LowMemError)} == EXIT_CODES
+
+
+def test_an_error_keeps_its_three_parts() -> None:
+    error = LowMemError("what", "why", "fix")
+    assert (str(error), error.what, error.why, error.fix) == ("what", "what", "why", "fix")
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("galor", "did you mean `galore`?"),
+        ("adamv", "did you mean `adamw`?"),
+        ("galore", "did you mean `galore`?"),
+        ("xyz", ""),
+        ("", ""),
+    ],
+)
+def test_the_nearest_word_or_none(word: str, hint: str) -> None:
+    assert nearest(word, ["adamw", "adam8bit", "galore"]) == hint
+
+
+def test_nothing_is_near_to_nothing() -> None:
+    assert nearest("galore", []) == ""
