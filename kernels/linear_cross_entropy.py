@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lowmem.kernels.slices import pieces
+
 SLICE_ELEMENTS = 2**24  # of logits that exist at a time, and of products on their way to dW
 FEWEST_ROWS, MOST_ROWS = 256, 2048  # of W in a slice: fewer are slow, more only take memory
 LARGE_WEIGHT = 2**25  # elements
@@ -50,21 +52,20 @@ def by_tokens(
 ) -> Made:
     """One pass over slices of tokens."""
     rows = max(1, SLICE_ELEMENTS // weight.shape[0])
-    parts = list(zip(x.split(rows), targets.split(rows), strict=True))
+    several = len(x) > rows
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
     grad_x = torch.empty_like(x) if with_gradients else None
     grad_weight = None
-    for index, (part, wanted) in enumerate(parts):
+    for start, stop in pieces(len(x), rows, x.is_meta):
+        part, wanted = x[start:stop], targets[start:stop]
         logits = _logits(part, weight)
         losses, total = _token_losses(logits, wanted)
         loss += losses.sum()
         if grad_x is not None:
             logits = _to_gradient(logits, total, wanted).to(part.dtype)  # from here their gradient
             present = (wanted != IGNORED).unsqueeze(1)
-            grad_x[index * rows : index * rows + len(part)].addmm_(
-                logits, weight, beta=0, alpha=scale
-            ).mul_(present)
-            grad_weight = _accumulate(grad_weight, logits, part * present, scale, len(parts) > 1)
+            grad_x[start:stop].addmm_(logits, weight, beta=0, alpha=scale).mul_(present)
+            grad_weight = _accumulate(grad_weight, logits, part * present, scale, several)
         del logits  # before the next slice's are made
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
@@ -103,8 +104,8 @@ def _accumulate(
     if total.dtype == x.dtype:
         return total.addmm_(grad.t(), x, alpha=scale)
     rows = max(1, SLICE_ELEMENTS // x.shape[1])
-    for part, columns in zip(total.split(rows), grad.split(rows, dim=1), strict=True):
-        part.add_(columns.t() @ x, alpha=scale)
+    for start, stop in pieces(len(total), rows, total.is_meta):
+        total[start:stop].add_(grad[:, start:stop].t() @ x, alpha=scale)
     return total
 
 
@@ -118,7 +119,8 @@ def by_vocabulary(
     log_total = x.new_full(targets.shape, -math.inf, dtype=torch.float32)
     # NaN until the slice with the target comes: one outside the vocabulary does not go unseen.
     picked = torch.full_like(log_total, math.nan)
-    for start, part in zip(range(0, len(weight), rows), weight.split(rows), strict=True):
+    for start, stop in pieces(len(weight), rows, weight.is_meta):
+        part = weight[start:stop]
         _add_to_totals(log_total, picked, _logits(x, part), targets - start)
     loss = picked.neg_().add_(log_total).masked_fill_(ignored, 0).sum().mul_(scale)
     if not with_gradients:
@@ -127,9 +129,10 @@ def by_vocabulary(
     # In bf16 every slice would round the sum: relative error 1.0e-2 instead of 1.8e-3 (125 slices).
     grad_x = torch.zeros_like(x, dtype=torch.float32)
     grad_weight = torch.empty_like(weight)
-    for start, part in zip(range(0, len(weight), rows), weight.split(rows), strict=True):
+    for start, stop in pieces(len(weight), rows, weight.is_meta):
+        part = weight[start:stop]
         grad = _softmax_less_onehot(_logits(x, part), log_total, targets - start).to(x.dtype)
-        grad_weight[start : start + rows].addmm_(grad.t(), x, beta=0, alpha=scale)
+        grad_weight[start:stop].addmm_(grad.t(), x, beta=0, alpha=scale)
         grad_x.add_(grad @ part, alpha=scale)
         del grad
     return loss, grad_x.to(x.dtype), grad_weight

@@ -10,6 +10,8 @@ Source: Zhang and Sennrich, arXiv:1910.07467.
 import torch
 from torch import Tensor
 
+from lowmem.kernels.slices import pieces
+
 SLICE_ELEMENTS = 2**21  # of the backward's float32 scratch
 
 
@@ -34,7 +36,8 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
     factor = weight.float()
     grad_weight = torch.zeros_like(factor)
     rows = max(1, SLICE_ELEMENTS // width)
-    for g, part, inverse in zip(grad.split(rows), x.split(rows), rstd.split(rows), strict=True):
+    for start, stop in pieces(len(x), rows, x.is_meta):
+        g, part, inverse = grad[start:stop], x[start:stop], rstd[start:stop]
         scratch = torch.mul(g, part, out=torch.empty_like(g, dtype=torch.float32)).mul_(inverse)
         grad_weight.add_(scratch.sum(0))
         shrink = torch.mv(scratch, factor).unsqueeze_(1).mul_(inverse.square()).div_(width)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowmem.kernels.slices import pieces
+
 SLICE_ELEMENTS = 2**21  # of the backward's scratch
 
 
@@ -20,7 +22,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> None:
     """Turn `gate` and `up` (n, f) into their own gradients; `grad`, that of t, is used up."""
     rows = max(1, SLICE_ELEMENTS // gate.shape[-1])
-    for g, a, b in zip(grad.split(rows), gate.split(rows), up.split(rows), strict=True):
+    for start, stop in pieces(len(gate), rows, gate.is_meta):
+        g, a, b = grad[start:stop], gate[start:stop], up[start:stop]
         scratch = functional.silu(a).mul_(g)
         g.mul_(b)
         b.copy_(scratch)

@@ -12,8 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lowmem.kernels.slices import row_slices
 from lowmem.optim.formats import State, tensor
-from lowmem.optim.slices import row_slices
 
 Side = Literal["std", "reverse_std", "left", "right"]
 

@@ -6,8 +6,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from lowmem.kernels.slices import flat_slices
 from lowmem.optim.formats import Float32, Format, State, number
-from lowmem.optim.slices import flat_slices
 
 
 class Rule(Protocol):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.rounding import stochastic_round
+from lowmem.kernels.slices import row_slices
 from lowmem.optim.projectors import Rows
-from lowmem.optim.slices import row_slices
 
 
 def write(

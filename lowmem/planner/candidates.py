@@ -70,8 +70,9 @@ def _kinds_of(name: str, optimizer: OptimizerConfig, model: ModelConfig) -> list
     if optimizer.rank != "auto":
         ranks: list[Any] = [optimizer.rank]
     else:
-        ranks = [max(4, model.hidden_size // divisor) for divisor in RANK_DIVISORS]
-    return [Kind(name, rank, states) for rank in dict.fromkeys(ranks) for states in formats]
+        sizes = (max(4, model.hidden_size // divisor) for divisor in RANK_DIVISORS)
+        ranks = list(dict.fromkeys(sizes))
+    return [Kind(name, rank, states) for rank in ranks for states in formats]
 
 
 def modes(config: Config, kind: Kind, rows: int) -> list[UpdateMode]:

@@ -40,7 +40,8 @@ class Job:
     rows: int
     seq_len: int
     attention: str
-    _tensors: dict[tuple[Choice, int], int] = field(default_factory=dict)
+    _tensors: dict[tuple[str, int], int] = field(default_factory=dict)
+    _persistents: dict[tuple[str, str, bool], int] = field(default_factory=dict)
 
     @staticmethod
     def of(config: Config, card: Card) -> "Job":
@@ -78,10 +79,17 @@ class Job:
             clip_of(self.config, mode),
         )
 
+    def fits(self, choice: Choice, room: int) -> bool:
+        """Does the estimated peak stay within `room` bytes? The cheap bound is asked first."""
+        return self.persistent(choice) <= room and self.peak(choice) <= room
+
     def persistent(self, choice: Choice) -> int:
         """Weights, states and held sums: a lower bound, from the method's own `init`."""
-        one, two = (self._persistent(choice, blocks) for blocks in (1, 2))
-        return one + (self.model.num_hidden_layers - 1) * (two - one)
+        key = (repr(kind_of(choice)), choice.update, choice.accumulate > 1)
+        if key not in self._persistents:
+            one, two = (self._persistent(choice, blocks) for blocks in (1, 2))
+            self._persistents[key] = one + (self.model.num_hidden_layers - 1) * (two - one)
+        return self._persistents[key]
 
     def _persistent(self, choice: Choice, blocks: int) -> int:
         model = self.model.model_copy(update={"num_hidden_layers": blocks})
@@ -109,7 +117,7 @@ class Job:
         return self._reserved(few + (depth - _SHALLOW[0]) * (more - few))
 
     def _rehearsed(self, choice: Choice, blocks: int) -> int:
-        key = (choice, blocks)
+        key = (repr(choice), blocks)  # a rank may be a table, which has no hash
         if key not in self._tensors:
             self._tensors[key] = self._rehearsal(choice, blocks).tensors
         return self._tensors[key]
@@ -123,6 +131,7 @@ class Job:
             attention=self.attention,
             workspace=self.workspace,
             blocks=blocks,
+            updates=1 if expandable_segments() else 2,
         )
 
     def _reserved(self, tensors: int) -> int:

@@ -202,12 +202,13 @@ def rehearse(
     attention: str,
     workspace: int = 0,
     blocks: int | None = None,
+    updates: int = 1,
 ) -> Rehearsal:
     """Run updates and an evaluation batch on meta and return their peak.
 
     attention: the operator that the planned device will use. workspace: bytes that libraries hold
-    throughout. blocks: another depth than the model's own, for an estimate: one update, while the
-    whole model runs two, so that nothing that appears later goes unseen.
+    throughout. blocks: another depth than the model's own, for an estimate. updates: every state
+    exists before the first, so a second changes nothing but the classic allocator's holes.
     """
     if blocks is not None:
         model = model.model_copy(update={"num_hidden_layers": blocks})
@@ -223,7 +224,7 @@ def rehearse(
     if workspace:
         tracker.track([torch.empty(workspace, dtype=torch.uint8, device="meta")], "workspace")
     with tracker:
-        for _ in range(2 if blocks is None else 1):
+        for _ in range(updates):
             _update(llama, owner, choice, seq_len)
         inputs, targets = _batch(choice.micro_batch, seq_len)
         llama.loss_sum(inputs, targets)

@@ -67,13 +67,14 @@ def search(job: Job, room: int) -> tuple[list[Candidate], Choice]:
 
 def _best(job: Job, kind: Kind, room: int) -> Candidate:
     """The fastest settings of a kind that fit, or its smallest with what is missing."""
-    failed: list[Candidate] = []
-    for mode in modes(job.config, kind, job.rows):
+    allowed = modes(job.config, kind, job.rows)
+    for mode in allowed:
         found = _fastest(job, kind, mode, room)
         if found is not None:
             return Candidate(found, True, job.peak(found), reason="chosen")
-        failed.append(_too_large(job, _least(job, kind, mode), room))
-    return min(failed, key=lambda row: row.peak_bytes)
+    smallest = [choice for mode in allowed for choice in _smallest(job, kind, mode)]
+    failed = [_too_large(job, choice, room) for choice in smallest]
+    return min(failed, key=lambda row: (row.bound, row.peak_bytes))
 
 
 def _too_large(job: Job, least: Choice, room: int) -> Candidate:
@@ -99,17 +100,19 @@ def _beside(job: Job, kind: Kind, chosen: Choice, room: int) -> Candidate:
     return Candidate(settings, fits, peak, reason=reason)
 
 
-def _least(job: Job, kind: Kind, mode: UpdateMode) -> Choice:
-    """The smallest settings of a kind in that mode."""
-    micro = job.rows if mode == "fused" else 1
-    if job.config.train.micro_batch != "auto":
-        micro = settled(job.config.train.micro_batch)
-    return job.choice(kind, mode, levels(job.config)[-1], micro)
+def _smallest(job: Job, kind: Kind, mode: UpdateMode) -> list[Choice]:
+    """The smallest settings of a kind in that mode: single sequences, whose gradients are summed
+    in float32, or the whole batch at once, which needs no sums; whichever are allowed."""
+    fixed = job.config.train.micro_batch
+    sizes = {job.rows} if mode == "fused" else {1, job.rows}
+    sizes = sizes if fixed == "auto" else {settled(fixed)}
+    return [job.choice(kind, mode, levels(job.config)[-1], size) for size in sorted(sizes)]
 
 
 def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None:
     """The settings with the least recomputation whose micro-batch is large enough."""
-    if job.persistent(_least(job, kind, mode)) > room:
+    smallest = _smallest(job, kind, mode)
+    if mode == "fused" and not job.fits(smallest[0], room):
         return None
     best: Choice | None = None
     for level in levels(job.config):
@@ -130,14 +133,15 @@ def _largest_micro_batch(
     fixed = job.config.train.micro_batch
     if fixed != "auto" or mode == "fused":
         only = job.choice(kind, mode, level, job.rows if fixed == "auto" else settled(fixed))
-        return only if job.peak(only) <= room else None
+        return only if job.fits(only, room) else None
     cap = max(1, min(job.rows, MAX_TOKENS[job.config.train.device] // job.seq_len))
     top = job.choice(kind, mode, level, cap)
-    if job.peak(top) <= room:
+    if job.fits(top, room):
         return top
-    one, two = (job.peak(job.choice(kind, mode, level, micro)) for micro in (1, min(2, cap)))
-    if one > room:
+    single = job.choice(kind, mode, level, 1)
+    if not job.fits(single, room):
         return None
+    one, two = job.peak(single), job.peak(job.choice(kind, mode, level, min(2, cap)))
     micro = min(cap, 1 + int((room - one) / max(two - one, 1)))
     while micro > 1 and job.peak(job.choice(kind, mode, level, micro)) > room:
         micro -= max(1, micro // 8)

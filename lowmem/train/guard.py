@@ -57,7 +57,7 @@ def told_out_of_memory(update: int) -> Iterator[None]:
         raise OutOfMemoryError(
             f"update {update}: the device ran out of memory although the plan fitted",
             str(error).partition("\n")[0],
-            "close what else uses the card and lowmem resume, or train with a smaller --micro-batch",
+            "close what else uses the card and resume, or train with a smaller --micro-batch",
         ) from None
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.optim import slices
+from lowmem.kernels import slices
 from lowmem.optim.formats import State, format_named
 from lowmem.optim.methods import build_method
 from lowmem.optim.optimizer import Optimizer

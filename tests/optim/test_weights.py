@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowmem.optim import slices
+from lowmem.kernels import slices
 from lowmem.optim.weights import write
 
 
