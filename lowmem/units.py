@@ -22,6 +22,8 @@ def _parse(text: str | int | float, factors: dict[str, int], kind: str, example:
     value = float(match[1].replace("_", "")) * factors[match[2].lower()]
     if not math.isfinite(value):
         raise ValueError(f"{text!r} is too large for a {kind}")
+    if factors[match[2].lower()] == 1 and value != round(value):
+        raise ValueError(f"{text!r} is no whole {kind}; write it like {example}")
     return round(value)
 
 
@@ -47,7 +49,7 @@ def parse_batch(text: str) -> tuple[int, str]:
 
 
 def format_bytes(count: int | float) -> str:
-    """Bytes for people, in binary units: "13.9 GiB", "512 MiB", "900 B"."""
+    """Bytes for people, in binary units: "13.9 GiB", "512.0 MiB", "900 B"."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(count) >= unit:
             value = count / unit
@@ -66,6 +68,8 @@ def format_count(count: int | float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """A duration for people: "1 d 15 h", "3 min 20 s", "0.42 s"."""
+    if not math.isfinite(seconds):
+        return "?"
     if seconds < 10:
         return f"{seconds:.2f} s"
     whole = round(seconds)

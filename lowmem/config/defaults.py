@@ -67,7 +67,8 @@ def _model_note(name: str, device: str) -> str:
 def _sequence_length(config: Config, model: ModelConfig, notes: list[str]) -> int:
     longest = model.max_position_embeddings
     if config.data.seq_len == "auto":
-        notes.append(f"seq-len {min(SEQ_LEN, longest)}: the papers' C4 protocol")
+        why = "the papers' C4 protocol" if longest >= SEQ_LEN else "the model has no more positions"
+        notes.append(f"seq-len {min(SEQ_LEN, longest)}: {why}")
         return min(SEQ_LEN, longest)
     length = settled(config.data.seq_len)
     if length > longest:
@@ -83,7 +84,7 @@ def rows_of(batch: str, seq_len: int) -> int:
     """Sequences per update of "32seq" or "131k-tokens". ConfigError when it is less than one."""
     number, unit = parse_batch(batch)
     rows = number if unit == "seq" else round(number / seq_len)
-    if rows < 1:
+    if unit == "tokens" and number < seq_len:
         raise ConfigError(
             f"train.batch = {batch!r} is less than one sequence of {seq_len} tokens",
             "an update needs at least one sequence",

@@ -175,9 +175,10 @@ class OptimizerConfig(Section):
             return data
         own = {key: value for key, value in data.items() if key in cls.model_fields}
         others = {key: value for key, value in data.items() if key not in cls.model_fields}
-        if others:
-            own["options"] = {**own.get("options", {}), **others}
-        return own
+        options = {**own.get("options", {}), **others}
+        for key in set(options) & set(cls.model_fields):
+            raise ValueError(f"options.{key} is a setting of its own: write optimizer.{key}")
+        return own | {"options": options} if options else own
 
 
 class ScheduleConfig(Section):

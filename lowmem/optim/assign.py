@@ -93,22 +93,26 @@ def _method_for(config: OptimizerConfig, weight: Tensor, role: str, rest: Method
 
 def _rest(config: OptimizerConfig) -> Method:
     """What updates embedding, head, norms and biases."""
-    if config.rest.method == "auto":
-        options = method_options(config)
-        options = {k: v for k, v in options.items() if k != "rank"}
-        if config.rest.states != "auto":
-            options["states"] = config.rest.states
-        method = build_method(config.method, options | config.rest.options)
+    rest, section = config.rest, "optimizer.rest"
+    states = {} if rest.states == "auto" else {"states": rest.states}
+    if rest.method == "auto":
+        if rest.options:
+            raise ConfigError(
+                f"{section} has options ({', '.join(rest.options)}) but no method",
+                "without one the rest follows the main method's own Adam",
+                'rest.method = "adamw"',
+            )
+        options = {k: v for k, v in method_options(config).items() if k != "rank"}
+        method = build_method(config.method, options | states)
         return method.rest if isinstance(method, Projected) else method
-    if takes_rank(config.rest.method):
+    if "rank" in method_spec(rest.method, section).arguments:
         raise ConfigError(
-            f"optimizer.rest.method = {config.rest.method!r} projects",
+            f"{section}.method = {rest.method!r} projects",
             "embedding, head and norms need a dense method: "
             + ", ".join(name for name in METHODS if not takes_rank(name)),
             'rest.method = "adamw"',
         )
-    own = {} if config.rest.states == "auto" else {"states": config.rest.states}
-    return build_method(config.rest.method, own | config.rest.options)
+    return build_method(rest.method, states | rest.options, section)
 
 
 def build_optimizer(

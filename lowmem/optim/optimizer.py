@@ -40,15 +40,15 @@ class Slot:
 
 @dataclass
 class Optimizer:
-    """Updates named weights, each by its own method.
+    """Updates named weights, each by its own method; `add` puts them in its charge.
 
-    parameters: name -> (weight, method, weight decay). seed: of the run, for stochastic rounding.
+    seed: of the run, for stochastic rounding.
     """
 
     mode: UpdateMode
     seed: int
     slots: dict[str, Slot] = field(default_factory=dict)
-    updates: int = 0  # updates begun so far, itself included
+    updates: int = 0  # begun so far, the present one included
     lr: float = 0.0
     _micro_batches: int = 1
     _squares: list[Tensor] = field(default_factory=list)
@@ -161,11 +161,6 @@ class Optimizer:
         for name, slot in self.slots.items():
             if slot.kept is not None:
                 self.apply(name)
-
-    def discard(self) -> None:
-        """Forget the gradients of this update; no weight or state changes (not in `fused`)."""
-        for slot in self.slots.values():
-            slot.kept = None
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """("<parameter>/<state key>", tensor) of everything that varies."""

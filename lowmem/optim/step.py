@@ -38,8 +38,8 @@ def gather(
         loss.backward()
         total = loss.detach() if total is None else total.add_(loss.detach())
         del loss  # so that every micro-batch finds the same memory
+    assert total is not None, "an update needs a micro-batch"
     norm = optimizer.norm()
     if clip is not None:
         optimizer.clip(norm, clip)
-    assert total is not None, "an update needs a micro-batch"
     return total, norm

@@ -24,10 +24,11 @@ from lowmem.model.huggingface import load_weights, save_folder
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
 from lowmem.tensorfile import read_tensors, sha256_of, write_tensors
-from lowmem.train.run import LATEST, Run
+from lowmem.train.run import Run
 
 SCHEMA_VERSION = 1
 MANIFEST, STATE, STATES = "manifest.json", "state.json", Path("optimizer", "state.safetensors")
+NEEDED = ("model/config.json", "model/model.safetensors", STATES.as_posix(), STATE)
 ABOUT = "lowmem.json"  # what a model folder says of its training; transformers ignores it
 
 
@@ -97,14 +98,12 @@ def _publish(work: Path, final: Path, run: Run) -> None:
     for path in [*work.rglob("*"), work]:
         _sync(path)
     if final.exists():  # a run that was continued from an earlier checkpoint comes by again
-        shutil.rmtree(final)
+        old = final.with_name(f".tmp-old-{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
     work.rename(final)
     _sync(final.parent)
-    pointer = run.folder / f"{LATEST}.tmp"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    _sync(pointer)
-    pointer.replace(run.folder / LATEST)
-    _sync(run.folder)
+    run.point_at(final.name)
 
 
 def _sync(path: Path) -> None:
@@ -117,19 +116,32 @@ def _sync(path: Path) -> None:
 
 def _prune(run: Run, newest: Path) -> None:
     """Remove what is older than the newest `keep`; later ones belong to an abandoned future."""
-    complete = sorted(newest.parent.glob("step-*"))
-    older = [path for path in complete if path.name < newest.name]
+    older = [path for path in _in_order(newest.parent) if _number(path) < _number(newest)]
     for path in older[: max(0, len(older) - run.config.checkpoint.keep + 1)]:
         shutil.rmtree(path)
     for path in newest.parent.glob(".tmp-*"):
         shutil.rmtree(path)
 
 
+def _in_order(checkpoints: Path) -> list[Path]:
+    """Checkpoints by the number of updates done."""
+    return sorted(checkpoints.glob("step-*"), key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    digits = checkpoint.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
+
+
 def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its manifest; CheckpointError names the first."""
-    manifest = _read_json(folder / MANIFEST)
-    for name, expected in manifest.get("files", {}).items():
+    files = _read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or not set(NEEDED) <= set(files):
+        raise _damaged(folder, f"{folder / MANIFEST} does not list {', '.join(NEEDED)}")
+    for name, expected in files.items():
         path = folder / name
+        if not isinstance(expected, dict) or not {"size", "sha256"} <= set(expected):
+            raise _damaged(folder, f"{folder / MANIFEST} does not say size and sha256 of {name}")
         if not path.is_file():
             raise _damaged(folder, f"{path} is missing")
         if path.stat().st_size != expected["size"]:
@@ -188,8 +200,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _damaged(folder: Path, what: str) -> CheckpointError:
-    others = sorted(p.name for p in folder.parent.glob("step-*") if p.name != folder.name)
+    older = [p for p in _in_order(folder.parent) if _number(p) < _number(folder)]
     fix = "restore the file from a copy"
-    if others:
-        fix = f"continue from an older one: lowmem resume {folder.parent / others[-1]}"
+    if older:
+        fix = f"continue from an older one: lowmem resume {older[-1]}"
     return CheckpointError(what, "a checkpoint is used whole or not at all", fix)

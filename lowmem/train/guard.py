@@ -23,7 +23,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn the first SIGINT, SIGTERM or SIGUSR1 into a request; a second SIGINT interrupts at once.
+    """Turn the first SIGINT, SIGTERM or SIGUSR1 into a request; a later SIGINT interrupts at once.
 
     Signals can only be handled in the main thread; elsewhere requests never come.
     """

@@ -1,7 +1,9 @@
 """The training loop, whole: what happens in an update stands in `train`."""
 
+import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,6 +53,7 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
     batches = _batches(config, corpus)
     validation = validation_of(corpus)
     at = _begin(run, model, optimizer, batches, corpus)
+    run = replace(run, start=None)  # from here on the newest checkpoint is the one to name
     updates, rows = settled(config.train.updates), settled(config.train.micro_batch)
     clip = config.train.clip if isinstance(config.train.clip, float) else None
     report(_started(run, batches, at))
@@ -152,6 +155,7 @@ def _begin(
         at = Position()
     else:
         at = checkpoint.restore(run.latest(), model, optimizer, batches, corpus)
+        run.point_at(run.latest().name)  # what came after an earlier checkpoint is abandoned
     run.forget_after(at.update)
     return at
 
@@ -246,7 +250,7 @@ def _finished(run: Run, validation: TokenStream, at: Position, seconds: float) -
     losses = [line["eval_loss"] for line in run.metrics() if "eval_loss" in line]
     return Finished(
         update=at.update,
-        eval_loss=losses[-1],
+        eval_loss=losses[-1] if losses else math.nan,  # metrics.jsonl was removed by hand
         unigram_loss=validation.unigram_loss(),
         tokens=at.tokens,
         seconds=seconds,

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +17,7 @@ from lowmem.config.load import load
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
+from lowmem.data.cache import write_whole
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.train.events import Event, Metric, to_record
 
@@ -62,9 +62,9 @@ class Run:
     @staticmethod
     def open(path: Path) -> "Run":
         """The run at `path`, a run folder or one of its checkpoints. CheckpointError otherwise."""
-        folder, start = path, None
-        if path.resolve().parent.name == "checkpoints":
-            folder, start = path.parent.parent, path
+        folder, start, whole = path, None, path.resolve()
+        if whole.parent.name == "checkpoints":
+            folder, start = whole.parent.parent, whole
         if not (folder / "config.toml").is_file():
             raise CheckpointError(
                 f"{path} is no run" if path.exists() else f"{path} does not exist",
@@ -76,7 +76,13 @@ class Run:
     def latest(self) -> Path:
         """The checkpoint to read: `start`, or the newest complete one. CheckpointError if none."""
         if self.start is not None:
-            return self.start
+            if self.start.is_dir():
+                return self.start
+            raise CheckpointError(
+                f"{self.start} does not exist",
+                "complete checkpoints are folders step-NUMBER",
+                f"ls {self.start.parent}",
+            )
         pointer = self.folder / LATEST
         name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
         if not name or not (self.folder / "checkpoints" / name).is_dir():
@@ -87,36 +93,45 @@ class Run:
             )
         return self.folder / "checkpoints" / name
 
+    def point_at(self, name: str) -> None:
+        """Make the checkpoint of that name the newest, so that a crash finds the old or the new."""
+        write_whole(self.folder / LATEST, f"{name}\n".encode())
+
     def record(self, event: Event) -> None:
         """Append an event to its file, flushed line by line."""
         name = METRICS if isinstance(event, Metric) else EVENTS
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_record(event)) + "\n")
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """Every complete line of metrics.jsonl; a line cut by a crash is left out."""
-        path = self.folder / METRICS
-        if not path.is_file():
-            return
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+        return _complete_lines(self.folder / METRICS)
 
     def forget_after(self, updates: int) -> None:
-        """Drop metrics of updates that the checkpoint with `updates` done does not know."""
-        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["update"] < updates]
-        path = self.folder / METRICS
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        """Drop metrics of updates that the checkpoint with `updates` done does not know, and what
+        a crash left of a last line."""
+        known = [line for line in self.metrics() if line["update"] < updates]
+        for name, lines in ((METRICS, known), (EVENTS, _complete_lines(self.folder / EVENTS))):
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_whole(self.folder / name, text.encode())
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file up to a line that a crash cut."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def _free_name(config: Config) -> str:
     """The first of "llama-60m-galore-1", -2, ... that is not taken."""
-    model = config.model if isinstance(config.model, str) else "model"
-    stem = f"{Path(model).name}-{config.optimizer.method}"
+    model = Path(config.model) if isinstance(config.model, str) else Path("model")
+    model = model.resolve().parent if model.name == "config.json" else model
+    stem = f"{model.name}-{config.optimizer.method}"
     number = 1
     while (Path(config.run.out) / f"{stem}-{number}").exists():
         number += 1

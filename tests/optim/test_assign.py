@@ -158,7 +158,7 @@ def test_the_rest_follows_the_main_methods_adam() -> None:
     [
         ({}, Float32()),
         ({"states": "8bit"}, Blockwise8()),
-        ({"states": "8bit", "options": {"min_8bit": 0}}, Blockwise8(0)),
+        ({"method": "adam8bit", "options": {"min_8bit": 0}}, Blockwise8(0)),
         ({"method": "adamw", "states": "bf16"}, BFloat16()),
         ({"method": "adam8bit"}, Blockwise8()),
         ({"method": "adam8bit", "options": {"floor_codes": False}}, Blockwise8(4096, False)),

@@ -77,12 +77,12 @@ def test_an_unknown_argument_is_told(key: str, fix: str) -> None:
         ("galore", {"rank": 0.5}, "optimizer.rank = 0.5", "valid integer"),
         ("galore", {"rank": "many"}, "optimizer.rank = 'many'", "valid integer"),
         ("galore", {"gap": -1}, "optimizer.gap = -1", "greater than 0"),
-        ("galore", {"scale": math.nan}, "optimizer.scale = nan", "greater than 0"),
+        ("galore", {"scale": math.nan}, "optimizer.scale = nan", "finite number"),
         ("galore", {"side": "up"}, "optimizer.side = 'up'", "'std', 'reverse_std', 'left'"),
         ("adamw", {"states": "4bit"}, "optimizer.states = '4bit'", "'fp32', 'bf16' or '8bit'"),
         ("adam8bit", {"states": "fp32"}, "optimizer.states = 'fp32'", "'8bit'"),
         ("adamw", {"eps": 0}, "optimizer.eps = 0", "greater than 0"),
-        ("adamw", {"eps": math.nan}, "optimizer.eps = nan", "greater than 0"),
+        ("adamw", {"eps": math.nan}, "optimizer.eps = nan", "finite number"),
         ("adamw", {"betas": 0.9}, "optimizer.betas = 0.9", "valid tuple"),
         ("adam8bit", {"min_8bit": -1}, "optimizer.min_8bit = -1", "greater than or equal to 0"),
         ("adam8bit", {"floor_codes": "maybe"}, "optimizer.floor_codes = 'maybe'", "boolean"),
@@ -103,7 +103,7 @@ def test_betas_lie_in_their_range(first: float, second: float) -> None:
     """Any pair of floats, NaN and infinities too: taken, or refused by the name of the number."""
     bad = [place for place, beta in enumerate((first, second)) if not 0 <= beta < 1]
     if bad:
-        with pytest.raises(ConfigError, match=rf"optimizer\.betas\.{bad[0]} = "):
+        with pytest.raises(ConfigError, match=r"optimizer\.betas = "):
             build_method("adamw", {"betas": [first, second]})
     else:
         method = build_method("adamw", {"betas": [first, second]})

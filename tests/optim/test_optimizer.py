@@ -278,38 +278,6 @@ def test_the_norm_says_what_it_measures(mode: str, norm_of: str, rows: int) -> N
     assert optimizer.norm_of == norm_of
 
 
-@holding_mode
-@pytest.mark.parametrize("method", ["adamw", "galore"])
-def test_a_discarded_update_leaves_weights_and_states(mode: str, method: str) -> None:
-    options = {"rank": 2, "gap": 1} if method == "galore" else {}
-    optimizer = one_weight(mode, build_method(method, options))
-    first, wrong, second = gradients(3)
-    undisturbed = one_weight(mode, build_method(method, options))
-    for each in (optimizer, undisturbed):
-        each.begin(0.1, 1)
-        each.receive("w", first.clone())
-        each.step()
-    before, numbers = everything(optimizer), optimizer.state_numbers()
-    if mode == "unfused":
-        optimizer.begin(0.1, 1)
-        optimizer.receive("w", wrong.clone())
-        optimizer.discard()
-        assert same(everything(optimizer), before)
-    else:  # a subspace that was due has been chosen, from this gradient: give the same again
-        optimizer.begin(0.1, 1)
-        optimizer.receive("w", second.clone())
-        optimizer.discard()
-        changed = {k for k, v in everything(optimizer).items() if not torch.equal(v, before[k])}
-        assert changed <= {"w/basis"}
-    assert optimizer.state_numbers() == numbers
-    optimizer.step()  # nothing is left of it
-    for each in (optimizer, undisturbed):
-        each.begin(0.1, 1)
-        each.receive("w", second.clone())
-        each.step()
-    assert same(everything(optimizer), everything(undisturbed))
-
-
 def test_rounding_differs_between_weights_and_updates() -> None:
     """A step of 1/16 of the spacing of bf16: which elements move is drawn anew each time."""
     optimizer = Optimizer("fused", seed=1)

@@ -130,3 +130,10 @@ def test_a_choice_near_the_brim_is_made_to_fit() -> None:
     assert plan.choice.update == "fused+subspace"
     assert plan.choice.accumulate > 1
     assert plan.memory.reserved > 0.9 * plan.card.usable_bytes
+
+
+def test_a_table_of_ranks_is_planned() -> None:
+    rank = {"attention": 16, "mlp": 48}
+    plan = plan_of("llama-9m", "8GB", optimizer={"method": "galore", "rank": rank})
+    assert plan.choice.rank == rank
+    assert plan.fits

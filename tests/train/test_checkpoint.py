@@ -310,3 +310,32 @@ def test_a_damaged_checkpoint_is_not_exported(parts: Parts, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"config\.json has 2 bytes"):
         export(parts.run.folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_replacing_the_newest_checkpoint_never_leaves_none(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is continued from an earlier checkpoint comes by the same names again."""
+    parts.save(4)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *where, **how: None)
+    parts.save(4)
+    assert parts.run.latest().name == "step-000004"
+    verify(parts.run.latest())
+    assert ".tmp-old-step-000004" in parts.steps()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"files": {"state.json": {}}}', '{"files": []}'])
+def test_a_manifest_that_does_not_cover_the_checkpoint_is_refused(
+    content: str, parts: Parts
+) -> None:
+    folder = parts.save(4)
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest.json does not"):
+        verify(folder)
+
+
+def test_step_numbers_are_compared_as_numbers(make: Callable[..., Parts]) -> None:
+    parts = make(checkpoint={"keep": 1})
+    parts.save(999_999)
+    parts.save(1_000_000)
+    assert parts.steps() == ["step-1000000"]

@@ -1,5 +1,6 @@
 """A run that was cut continues bit for bit, whatever its method, formats and update mode."""
 
+import json
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -137,6 +138,43 @@ def test_an_earlier_checkpoint_can_be_continued(
     train(Run.open(run.folder / "checkpoints" / "step-000002"), tiny_corpus, silent)
     assert hashes(run) == before
     assert told(run) == lines
+
+
+def test_a_crash_after_going_back_to_an_earlier_checkpoint_loses_nothing(
+    tiny_config: MakeConfig, tiny_corpus: Corpus
+) -> None:
+    """The abandoned future must not be taken for the newest state."""
+    run = Run.create(ready(tiny_config(checkpoint={"every": 2, "keep": 3})), None)
+    train(run, tiny_corpus, silent)
+    lines = told(run)
+
+    def crash(event: Event) -> None:
+        if isinstance(event, Trained):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Run.open(run.folder / "checkpoints" / "step-000002"), tiny_corpus, crash)
+    finished = train(Run.open(run.folder), tiny_corpus, silent)
+    assert told(run) == lines
+    assert finished.checkpoint.endswith("step-000006")
+
+
+def test_a_torn_last_event_is_dropped(tiny_config: MakeConfig, tiny_corpus: Corpus) -> None:
+    run = finished_run(tiny_config(), tiny_corpus)
+    events = run.folder / "events.jsonl"
+    events.write_text(events.read_text()[:-10])
+    train(Run.open(run.folder), tiny_corpus, silent)
+    assert all(json.loads(line) for line in events.read_text().splitlines())
+
+
+def test_a_checkpoint_can_be_named_from_anywhere(
+    tiny_config: MakeConfig, tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(tiny_config(), tiny_corpus)
+    monkeypatch.chdir(run.latest())
+    assert Run.open(Path(".")).latest() == run.latest().resolve()
+    with pytest.raises(CheckpointError, match="step-000099 does not exist"):
+        Run.open(run.folder / "checkpoints" / "step-000099").latest()
 
 
 def test_a_finished_run_resumes_to_the_same_end(

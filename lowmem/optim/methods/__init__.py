@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError, validate_call
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from lowmem.errors import ConfigError, nearest
 from lowmem.optim.method import Method
@@ -41,6 +41,7 @@ class MethodSpec:
 
 
 _ANY = float("inf")
+_CHECKED = validate_call(config=ConfigDict(allow_inf_nan=False))
 
 METHODS: dict[str, MethodSpec] = {
     "adamw": MethodSpec(
@@ -53,34 +54,43 @@ METHODS: dict[str, MethodSpec] = {
 }
 
 
-def method_spec(name: str) -> MethodSpec:
+def method_spec(name: str, section: str = "optimizer") -> MethodSpec:
     """The method of that name; ConfigError with the nearest one otherwise."""
     if name not in METHODS:
         raise ConfigError(
-            f"optimizer.method = {name!r} is unknown",
+            f"{section}.method = {name!r} is unknown",
             f"allowed: {', '.join(METHODS)}",
             nearest(name, METHODS) or "lowmem methods",
         )
     return METHODS[name]
 
 
-def build_method(name: str, options: dict[str, Any]) -> Method:
-    """The method with these arguments, checked; ConfigError names the argument and its range."""
-    spec = method_spec(name)
-    for key in options:
+def build_method(name: str, options: dict[str, Any], section: str = "optimizer") -> Method:
+    """The method with these arguments, checked; ConfigError names the argument and its range.
+
+    section: of the configuration, for the message.
+    """
+    spec = method_spec(name, section)
+    for key, value in options.items():
         if key not in spec.arguments:
             raise ConfigError(
-                f"optimizer.{key} is unknown to method {name!r}",
+                f"{section}.{key} is unknown to method {name!r}",
                 f"allowed: {', '.join(spec.arguments)}",
                 nearest(key, spec.arguments) or f"lowmem methods {name}",
             )
+        if isinstance(value, bool) and not isinstance(spec.arguments[key], bool):
+            raise _unsuitable(section, key, value, name, "a number or a word, not true or false")
     try:
-        return validate_call(spec.build)(**options)
+        return _CHECKED(spec.build)(**options)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise ConfigError(
-            f"optimizer.{key} = {problem['input']!r} does not suit method {name!r}",
-            problem["msg"],
-            f"lowmem methods {name} shows the defaults",
-        ) from None
+        key = str(problem["loc"][0])
+        raise _unsuitable(section, key, options[key], name, problem["msg"]) from None
+
+
+def _unsuitable(section: str, key: str, value: Any, method: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{section}.{key} = {value!r} does not suit method {method!r}",
+        why,
+        f"lowmem methods {method} shows the defaults",
+    )
