@@ -79,7 +79,7 @@ def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
 
     The first code must begin a block.
     """
-    values = dynamic_map(signed, str(codes.device))[codes.reshape(-1).int()]
+    values = dynamic_map(signed, str(codes.device)).index_select(0, codes.reshape(-1).int())
     whole = values.numel() // BLOCK * BLOCK
     values[:whole].view(-1, BLOCK).mul_(absmax[: whole // BLOCK].unsqueeze(1))
     if whole < values.numel():

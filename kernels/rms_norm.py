@@ -38,7 +38,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
     rows = max(1, SLICE_ELEMENTS // width)
     for start, stop in pieces(len(x), rows, x.is_meta):
         g, part, inverse = grad[start:stop], x[start:stop], rstd[start:stop]
-        scratch = torch.mul(g, part, out=torch.empty_like(g, dtype=torch.float32)).mul_(inverse)
+        scratch = g.to(torch.float32, copy=True).mul_(part).mul_(inverse)
         grad_weight.add_(scratch.sum(0))
         shrink = torch.mv(scratch, factor).unsqueeze_(1).mul_(inverse.square()).div_(width)
         torch.mul(g, factor, out=scratch).mul_(inverse).addcmul_(part, shrink, value=-1)

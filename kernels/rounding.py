@@ -48,6 +48,8 @@ def stochastic_round(x: Tensor, seed: int, offset: int = 0) -> Tensor:
     x is consumed: its memory is overwritten.
     """
     noise = hashed_bits(x.numel(), seed, offset, x.device).bitwise_and_(0xFFFF)
+    # NaN and infinity take no noise: it would carry a NaN of all ones into the sign and to -0.
+    noise.masked_fill_(x.view(-1).isfinite().logical_not_(), 0)
     bits = x.view(-1).view(torch.int32)
     bits.add_(noise).bitwise_and_(_signed(0xFFFF0000))
     return x.to(torch.bfloat16)

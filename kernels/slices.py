@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-SLICE_ELEMENTS = 2**20  # 4 MiB of float32; a multiple of every quantisation block
+SLICE_ELEMENTS = 2**22  # 16 MiB of float32; a multiple of every quantisation block
 
 
 def flat_slices(tensor: Tensor) -> Iterator[slice]:

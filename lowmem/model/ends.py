@@ -48,11 +48,11 @@ class EmbeddingStep(torch.autograd.Function):
 def _embedding_gradient(grad: Tensor, inputs: Tensor, model: "Llama") -> Tensor:
     """(V, h): sums of the rows of `grad` (n, h) by token; that of the padding token stays zero.
 
-    The CPU operator adds one row after the other in the output's dtype, so that a frequent token
-    would lose most of its sum in bf16: there the sums are float32. CUDA's sums are float32 anyway.
+    Summed in float32: one row after the other in bf16, as the CPU and (up to 3,072 tokens) CUDA do
+    it, a frequent token would lose most of its sum, and the result would depend on the micro-batch.
     """
     padding = model.config.pad_token_id
-    wide = grad.float() if model.backend == "cpu" else grad
+    wide = grad.float()
     made = torch.ops.aten.embedding_dense_backward(
         wide, inputs, model.config.vocab_size, -1 if padding is None else padding, False
     )

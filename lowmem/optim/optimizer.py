@@ -102,7 +102,6 @@ class Optimizer:
             if self.mode != "unfused":
                 grad = slot.method.compress(grad, slot.state)
             self._hold(slot, grad)
-        del grad
         if self.mode == "fused":
             self.apply(name)
 
@@ -110,7 +109,7 @@ class Optimizer:
         if slot.kept is not None:
             slot.kept.add_(piece)
         elif self._micro_batches > 1:
-            slot.kept = piece.float()
+            slot.kept = piece.float().contiguous()
         else:
             slot.kept = piece.contiguous()
 

@@ -69,7 +69,7 @@ class SVD:
         # Moments survive a refresh, and a flipped vector would turn them around.
         signs = (new * old).sum(dim=0).sign()
         new.mul_(torch.where(signs == 0, 1.0, signs))
-        # A gradient with NaN or inf keeps the old basis; no host synchronisation needed.
+        # A gradient with NaN or inf keeps the old basis, decided on the device.
         torch.where(usable, new.to(old.dtype), old, out=old)
 
     def down(self, full: Tensor, state: State) -> Tensor:

@@ -37,8 +37,10 @@ def kinds(config: Config, model: ModelConfig) -> list[Kind]:
     """Every kind that the user's settings allow, best first. ConfigError: unsuitable settings."""
     optimizer = config.optimizer
     names = ["adamw", "adam8bit", "galore"] if optimizer.method == "auto" else [optimizer.method]
-    if optimizer.method == "auto" and optimizer.rank != "auto":
-        names = [name for name in names if takes_rank(name)]
+    if optimizer.method == "auto":
+        wanted = {*optimizer.options, *([] if optimizer.rank == "auto" else ["rank"])}
+        able = [name for name in names if wanted <= set(method_spec(name).arguments)]
+        names = able or names  # an option that none has is told below
     found = [kind for name in names for kind in _kinds_of(name, optimizer, model)]
     for kind in found:  # a wrong option is told before anything is rehearsed
         build_options = method_options(kind.optimizer(optimizer))

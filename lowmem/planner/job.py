@@ -6,7 +6,7 @@ exact peak from the whole model, with its allocations replayed through the alloc
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class Job:
     seq_len: int
     attention: str
     _tensors: dict[tuple[str, int], int] = field(default_factory=dict)
+    _missed: dict[str, int] = field(default_factory=dict)
     _persistents: dict[tuple[str, str, bool], int] = field(default_factory=dict)
 
     @staticmethod
@@ -109,12 +110,23 @@ class Job:
         return total + self.workspace
 
     def peak(self, choice: Choice) -> int:
-        """Estimated bytes that the allocator will have reserved at the peak."""
+        """Estimated bytes that the allocator will have reserved at the peak.
+
+        The peak is a maximum of lines in the depth, so two depths give a lower bound of it, which
+        is nearly always met.
+        """
         depth = self.model.num_hidden_layers
+        missed = self._missed.get(_family(choice), 0)
         if depth <= _SHALLOW[1]:
-            return self._reserved(self._rehearsed(choice, depth))
+            return self._reserved(self._rehearsed(choice, depth)) + missed
         few, more = (self._rehearsed(choice, blocks) for blocks in _SHALLOW)
-        return self._reserved(few + (depth - _SHALLOW[0]) * (more - few))
+        return self._reserved(few + (depth - _SHALLOW[0]) * (more - few)) + missed
+
+    def learn(self, choice: Choice, memory: Memory) -> None:
+        """Add what this choice's estimate missed to all that differ in the micro-batch only."""
+        family = _family(choice)
+        missed = memory.reserved - self.peak(choice)
+        self._missed[family] = self._missed.get(family, 0) + missed
 
     def _rehearsed(self, choice: Choice, blocks: int) -> int:
         key = (repr(choice), blocks)  # a rank may be a table, which has no hash
@@ -146,6 +158,10 @@ class Job:
             return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
         peaks = replay(full.events, expandable=expandable_segments())
         return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
+
+
+def _family(choice: Choice) -> str:
+    return repr(replace(choice, micro_batch=0, accumulate=0))
 
 
 def kind_of(choice: Choice) -> Kind:

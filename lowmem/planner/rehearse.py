@@ -83,8 +83,14 @@ class LiveBytes(TorchDispatchMode):
                 self._add(leaf, part_of(current_phase()))
         scratch = self._workspaces.get(func)
         if scratch is not None:
-            self._mark(scratch(*args), "workspace")
+            self._use_briefly(scratch(*args))
         return out
+
+    def _use_briefly(self, scratch: int) -> None:
+        """Memory that an operator took and gave back before it returned."""
+        self._mark(scratch, "workspace")
+        number = next(self._ids)
+        self.events += [(number, scratch), (number, -scratch)]
 
     def _add(self, tensor: Tensor, part: str) -> None:
         storage = tensor.untyped_storage()
@@ -119,8 +125,6 @@ class LiveBytes(TorchDispatchMode):
         self.peak_parts = {name: size for name, size in self._parts.items() if size}
         if scratch:
             self.peak_parts[part] = self.peak_parts.get(part, 0) + scratch
-            number = next(self._ids)
-            self.events += [(number, scratch), (number, -scratch)]
 
 
 def part_of(phases: tuple[str, ...]) -> str:
@@ -140,13 +144,15 @@ def _eigh_scratch(matrix: Tensor, *rest: Any) -> int:
     return 3 * matrix.numel() * matrix.element_size()
 
 
-def _flash_backward_scratch(grad: Tensor, query: Tensor, *rest: Any) -> int:
+def _flash_backward_scratch(grad: Tensor, query: Tensor, key: Tensor, *rest: Any) -> int:
     # flash-attention 2: row sums, and a float32 query gradient padded to 128 tokens and 32 columns,
     # in deterministic mode (which exact resume needs) one for each share of the processors.
     batch, heads, length, width = query.shape
     tokens, columns = -(-length // 128) * 128, -(-width // 32) * 32
     shares = -(-_MULTIPROCESSORS // (batch * heads))
-    return 4 * batch * heads * tokens * (columns * shares + 1)
+    # With fewer key heads, their gradients are first made for every query head.
+    expanded = 2 * query.numel() * query.element_size() if key.shape[1] != heads else 0
+    return 4 * batch * heads * tokens * (columns * shares + 1) + expanded
 
 
 IN_PLACE = {

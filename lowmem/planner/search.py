@@ -2,7 +2,7 @@
 
 Kinds are tried in the order of `candidates.py`. A sum of weights, states and held gradients
 rejects most of what cannot fit; the rest is estimated (`job.py`). The winner is rehearsed whole,
-and the search repeats with less room if that says more than was expected.
+and if that says more than was expected the search learns it and looks again.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from lowmem.planner.plan import Candidate, Card, Choice, Memory, Plan
 from lowmem.units import format_bytes
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed
-ATTEMPTS = 5
+ATTEMPTS = 8
 ENOUGH_TOKENS = 2048  # below that matmuls are slow, and recomputation is the better price
 
 
@@ -27,24 +27,23 @@ def make_plan(config: Config, card: Card, notes: list[str]) -> Plan:
     ConfigError: settings that contradict one another.
     """
     job = Job.of(config, card)
-    room = card.usable_bytes
-    for attempt in range(1, ATTEMPTS + 1):
-        rows, choice = search(job, room)
+    for _ in range(ATTEMPTS):
+        rows, choice = search(job, card.usable_bytes)
         memory = job.memory(choice)
         if memory.reserved <= card.usable_bytes or not any(row.fits for row in rows):
             break
-        # Fragmentation was underestimated by this much; more of it each time, so that it ends.
-        missed = memory.reserved - job.peak(choice)
-        room = min(room, card.usable_bytes - attempt * missed)
-    rows = [_exact(row, memory) if row.choice == choice else row for row in rows]
+        job.learn(choice, memory)  # and look again, at this choice's neighbours
+    rows = [_exact(row, memory, card) if row.choice == choice else row for row in rows]
     filled = _filled(config, choice, job.model)
     plan = Plan(filled, card, choice, memory, rows, [], [*notes, *_said(config, filled)])
     return plan if plan.fits else replace(plan, fixes=list(fixes(job, choice, memory)))
 
 
-def _exact(row: Candidate, memory: Memory) -> Candidate:
-    """The row of the choice, with the rehearsed peak instead of the estimate."""
-    return replace(row, peak_bytes=memory.reserved, bound=False)
+def _exact(row: Candidate, memory: Memory, card: Card) -> Candidate:
+    """The row of the choice, by its rehearsed peak instead of the estimate."""
+    excess = memory.reserved - card.usable_bytes
+    reason = "chosen" if excess <= 0 else f"{format_bytes(excess)} too much"
+    return replace(row, fits=excess <= 0, peak_bytes=memory.reserved, bound=False, reason=reason)
 
 
 def search(job: Job, room: int) -> tuple[list[Candidate], Choice]:

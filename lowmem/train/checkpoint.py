@@ -118,7 +118,7 @@ def _prune(run: Run, newest: Path) -> None:
     """Remove what is older than the newest `keep`; later ones belong to an abandoned future."""
     older = [path for path in _in_order(newest.parent) if _number(path) < _number(newest)]
     for path in older[: max(0, len(older) - run.config.checkpoint.keep + 1)]:
-        shutil.rmtree(path)
+        path.rename(path.with_name(f".tmp-{path.name}"))  # what has its final name is complete
     for path in newest.parent.glob(".tmp-*"):
         shutil.rmtree(path)
 

@@ -17,7 +17,7 @@ from lowmem.train.checkpoint import ABOUT, MANIFEST
 from lowmem.train.events import perplexity
 from lowmem.train.run import Run
 
-TOKENS_AT_ONCE = 4096  # per forward pass; keeps nothing, so the size matters little
+TOKENS_AT_ONCE = 4096  # per forward pass, where no plan says otherwise
 LONGEST = 1024  # sequence length of a folder that does not say how it was trained
 
 
@@ -31,16 +31,19 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(model: Llama, stream: TokenStream, *, seq_len: int, tokens: int | None) -> Evaluation:
+def evaluate(
+    model: Llama, stream: TokenStream, *, seq_len: int, tokens: int | None, rows: int | None = None
+) -> Evaluation:
     """Loss over the first `tokens` targets of a stream, all of them if None.
 
-    Windows of seq_len tokens in order, the last one as long as it is; sums in float64.
+    Windows of seq_len tokens in order, the last one as long as it is; sums in float64. rows:
+    windows per forward pass.
     """
     began = time.perf_counter()
     device = model.head_weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
-    rows = max(1, TOKENS_AT_ONCE // seq_len)
+    rows = rows or max(1, TOKENS_AT_ONCE // seq_len)
     for inputs, targets in validation_batches(stream, seq_len, rows, tokens):
         total += model.loss_sum(inputs.to(device), targets.to(device))
         count += int((targets >= 0).sum())

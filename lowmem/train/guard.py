@@ -49,13 +49,13 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def told_out_of_memory(update: int) -> Iterator[None]:
+def told_out_of_memory() -> Iterator[None]:
     """Turn the device's out-of-memory error into ours, with what helps."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
-            f"update {update}: the device ran out of memory although the plan fitted",
+            "the device ran out of memory although the plan fitted",
             str(error).partition("\n")[0],
             "close what else uses the card and resume, or train with a smaller --micro-batch",
         ) from None
@@ -69,5 +69,5 @@ def require_finite(update: int, loss: float, norm: float, mode: str) -> None:
     raise DivergedError(
         f"update {update}: loss {loss}, gradient norm {norm}",
         f"a number that is not finite; {made}, and nothing was saved after it",
-        "a lower --lr or --clip; `lowmem resume` begins again at the newest checkpoint",
+        "a new run with a lower --lr, or with --clip",
     )

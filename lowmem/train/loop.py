@@ -1,6 +1,7 @@
 """The training loop, whole: what happens in an update stands in `train`."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,7 +38,7 @@ from lowmem.train.events import (
 )
 from lowmem.train.guard import require_finite, stop_requests, told_out_of_memory
 from lowmem.train.measure import measured_peak, memory_bytes
-from lowmem.train.run import LATEST, Run
+from lowmem.train.run import Run
 from lowmem.train.schedule import learning_rate
 
 
@@ -49,23 +50,23 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
     """
     config, began = run.config, time.perf_counter()
     report = _recorded(run, report)
-    model, optimizer = build(config)
-    batches = _batches(config, corpus)
-    validation = validation_of(corpus)
-    at = _begin(run, model, optimizer, batches, corpus)
+    batches, validation = _batches(config, corpus), validation_of(corpus)
+    with told_out_of_memory():
+        model, optimizer = build(config)
+        at = _begin(run, model, optimizer, batches, corpus)
     run = replace(run, start=None)  # from here on the newest checkpoint is the one to name
     updates, rows = settled(config.train.updates), settled(config.train.micro_batch)
     clip = config.train.clip if isinstance(config.train.clip, float) else None
     report(_started(run, batches, at))
 
-    with stop_requests() as stop:
+    with stop_requests() as stop, told_out_of_memory():
         for update in range(at.update, updates):
             started = time.perf_counter()
             batch = batches.of(update)
             micro_batches = list(batch.micro_batches(rows))
             lr = learning_rate(config.schedule, settled(config.optimizer.lr), update, updates)
             first = plan if update == 0 else None
-            with told_out_of_memory(update), measured_peak(model, optimizer, first, report):
+            with measured_peak(model, optimizer, first, report):
                 loss, norm = gather(
                     model,
                     optimizer,
@@ -104,15 +105,18 @@ def require_hardware(config: Config) -> None:
         )
     model = resolve_model(config.model, Path.cwd())
     dtype = DTYPES[settled(config.train.weights)]
-    choose_backend(config.train.attention, torch.device(device), dtype, model.head_dim)
+    backend = choose_backend(config.train.attention, torch.device(device), dtype, model.head_dim)
+    if backend == "flash" and torch.cuda.get_device_capability() < (8, 0):
+        raise HardwareError(
+            f"{torch.cuda.get_device_name()} has no bf16 attention",
+            "bf16 needs compute capability 8.0 (Ampere) or newer",
+            "--weights fp32",
+        )
 
 
 def build(config: Config) -> tuple[Llama, Optimizer]:
     """The model, uninitialised, and its optimizer. Raises as `require_hardware`."""
     require_hardware(config)
-    if config.train.device == "cuda":
-        # A resumed run equals the uninterrupted one only if every kernel repeats itself.
-        torch.use_deterministic_algorithms(True, warn_only=True)
     model = Llama(
         resolve_model(config.model, Path.cwd()),
         dtype=DTYPES[settled(config.train.weights)],
@@ -128,7 +132,21 @@ def build(config: Config) -> tuple[Llama, Optimizer]:
         seed=config.train.seed,
     )
     optimizer.attach(model)
+    if config.train.device == "cuda":
+        _repeat_exactly(model)
     return model, optimizer
+
+
+def _repeat_exactly(model: Llama) -> None:
+    """Choose CUDA kernels that give the same bits every time: exact resume needs them.
+
+    The float32 attention of PyTorch has no such backward; it warns, and a resumed float32 run on a
+    card is close but not equal.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of library users; see cli/main.py
+    torch.use_deterministic_algorithms(True, warn_only=model.backend == "efficient")
+    # We never read what we have not written, and filling it would cost a kernel each time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _batches(config: Config, corpus: Corpus) -> Batches:
@@ -150,7 +168,7 @@ def _begin(
     run: Run, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus
 ) -> Position:
     """New weights, or those of the checkpoint; metrics that it does not know are dropped."""
-    if run.start is None and not (run.folder / LATEST).is_file():
+    if not run.has_checkpoint:
         model.initialise(run.config.train.seed)
         at = Position()
     else:
@@ -219,6 +237,7 @@ def _evaluated(update: int, model: Llama, validation: TokenStream, config: Confi
         validation,
         seq_len=settled(config.data.seq_len),
         tokens=settled(config.evaluate.tokens),
+        rows=settled(config.train.micro_batch),  # as rehearsed
     )
     return Evaluated(update, result.loss, result.tokens, result.seconds)
 

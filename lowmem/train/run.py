@@ -83,15 +83,29 @@ class Run:
                 "complete checkpoints are folders step-NUMBER",
                 f"ls {self.start.parent}",
             )
-        pointer = self.folder / LATEST
-        name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
-        if not name or not (self.folder / "checkpoints" / name).is_dir():
+        newest = self._newest()
+        if newest is None:
             raise CheckpointError(
                 f"{self.folder} has no complete checkpoint",
                 "the run ended before its first save",
                 f"start it again: lowmem train --config {self.folder / 'config.toml'} --name NEW",
             )
-        return self.folder / "checkpoints" / name
+        return newest
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Is there anything to continue from?"""
+        return self.start is not None or self._newest() is not None
+
+    def _newest(self) -> Path | None:
+        """What `latest` names; without it (a crash during the first save) any that is complete."""
+        pointer, folder = self.folder / LATEST, self.folder / "checkpoints"
+        if pointer.is_file():
+            named = folder / pointer.read_text(encoding="utf-8").strip()
+            if named != folder and named.is_dir():
+                return named
+        complete = [path for path in folder.glob("step-*") if (path / "manifest.json").is_file()]
+        return max(complete, key=lambda path: (len(path.name), path.name), default=None)
 
     def point_at(self, name: str) -> None:
         """Make the checkpoint of that name the newest, so that a crash finds the old or the new."""

@@ -12,7 +12,10 @@ def test_representable_numbers_are_kept() -> None:
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, 3e38, 1e-40, float("inf"), float("-inf")])
     exact = values.bfloat16()
     assert torch.equal(stochastic_round(exact.float(), seed=3), exact)
-    assert stochastic_round(torch.tensor([float("nan")]), seed=3).isnan().all()
+    for bits in (0x7FC00000, 0x7FFFFFFF, -1):  # the NaN of a CPU, of a card, and a negative one
+        for seed in range(20):
+            nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+            assert stochastic_round(nan, seed).isnan().all()
 
 
 @pytest.mark.parametrize("value", [1.0 + 2**-10, -1.0 - 2**-9, 3.14159, -1e-3, 1e-20])

@@ -63,7 +63,7 @@ def test_a_run_and_its_export_evaluate_alike(
     assert len({result.loss for result in found}) == 1
     assert found[0].tokens == validation_of(tiny_corpus).tokens - 1
     short = evaluate_folder(out, tiny_corpus, tokens=2000, seq_len=32, device="cpu")
-    assert short.loss == finished.eval_loss
+    assert short.loss == pytest.approx(finished.eval_loss, abs=1e-6)  # other rows per pass
 
 
 def test_transformers_loads_the_export_with_equal_logits(

@@ -111,4 +111,4 @@ def test_a_number_that_is_not_finite_is_told_with_its_update(
     with pytest.raises(DivergedError, match=f"update 17: loss {loss}, gradient norm {norm}") as e:
         require_finite(17, loss, norm, mode)
     assert made in e.value.why
-    assert "lowmem resume" in e.value.fix
+    assert "a new run" in e.value.fix

@@ -82,24 +82,27 @@ def test_training_equals_transformers_with_torch_adamw(
     assert losses(run) == pytest.approx(expected, abs=2e-4)
 
 
-@pytest.mark.parametrize("mode", ["unfused", "fused+subspace"])
-@pytest.mark.parametrize("optimizer", [{"method": "adamw"}, {"method": "galore", "rank": 8}])
+@pytest.mark.parametrize(
+    ("mode", "optimizer"),
+    [
+        ("unfused", {"method": "adamw"}),
+        ("unfused", {"method": "galore", "rank": 8}),
+        ("fused+subspace", {"method": "adamw"}),
+        # Not galore in fused+subspace: its basis is that of the first micro-batch. That sums add up
+        # there is proven in tests/optim/test_every_method.py.
+    ],
+)
 def test_micro_batch_size_does_not_change_the_update(
     mode: str, optimizer: dict[str, Any], tiny_config: MakeConfig, tiny_corpus: Corpus
 ) -> None:
     seen = {}
     for micro in (8, 3, 1):
         config = tiny_config(
-            # A gap beyond the run but for update 0: a refresh of fused+subspace sees one
-            # micro-batch, which of course depends on its size.
             optimizer=optimizer | {"lr": 0.003},
             train={"update": mode, "micro_batch": micro, "updates": 4},
         )
         run, _ = planned_run(config, tiny_corpus, f"micro{micro}")
         seen[micro] = losses(run)
-    if mode == "fused+subspace" and optimizer["method"] == "galore":
-        assert seen[3][:2] == pytest.approx(seen[8][:2], abs=0.05)
-        return
     # Sums in another order: 4 updates in float32.
     assert seen[3] == pytest.approx(seen[8], abs=1e-4)
     assert seen[1] == pytest.approx(seen[8], abs=1e-4)
@@ -193,5 +196,5 @@ def test_running_out_of_memory_is_told(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr("lowmem.train.loop.gather", full)
-    with pytest.raises(OutOfMemoryError, match="update 0: the device ran out of memory"):
+    with pytest.raises(OutOfMemoryError, match="the device ran out of memory"):
         planned_run(tiny_config(), tiny_corpus)
