@@ -18,6 +18,7 @@ from lowmem.units import format_bytes
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed
 ATTEMPTS = 8
+_SECANTS = 4
 ENOUGH_TOKENS = 2048  # below that matmuls are slow, and recomputation is the better price
 
 
@@ -128,7 +129,7 @@ def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None
 def _largest_micro_batch(
     job: Job, kind: Kind, mode: UpdateMode, level: Level, room: int
 ) -> Choice | None:
-    """The peak is affine in the micro-batch but for rounding: guess, then step down."""
+    """The peak is nearly affine in the micro-batch: a few secants find where it meets the room."""
     fixed = job.config.train.micro_batch
     if fixed != "auto" or mode == "fused":
         only = job.choice(kind, mode, level, job.rows if fixed == "auto" else settled(fixed))
@@ -137,14 +138,20 @@ def _largest_micro_batch(
     top = job.choice(kind, mode, level, cap)
     if job.fits(top, room):
         return top
-    single = job.choice(kind, mode, level, 1)
-    if not job.fits(single, room):
+    low = job.choice(kind, mode, level, 1)
+    if not job.fits(low, room):
         return None
-    one, two = job.peak(single), job.peak(job.choice(kind, mode, level, min(2, cap)))
-    micro = min(cap, 1 + int((room - one) / max(two - one, 1)))
-    while micro > 1 and job.peak(job.choice(kind, mode, level, micro)) > room:
-        micro -= max(1, micro // 8)
-    return job.choice(kind, mode, level, max(1, micro))
+    for _ in range(_SECANTS):
+        share = (room - job.peak(low)) / (job.peak(top) - job.peak(low))
+        micro = low.micro_batch + int(share * (top.micro_batch - low.micro_batch))
+        guess = job.choice(kind, mode, level, micro)
+        if guess.micro_batch in (low.micro_batch, top.micro_batch):
+            break
+        if job.fits(guess, room):
+            low = guess
+        else:
+            top = guess
+    return low
 
 
 def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:

@@ -9,7 +9,10 @@ from lowmem.cli.methods import composition
 from lowmem.optim.methods import METHODS
 
 
-def test_the_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_names_every_method(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # narrower, summaries take two lines
     assert run(["methods"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:] if line.strip()]
     assert names == list(METHODS)
