@@ -104,9 +104,12 @@ def resume(given: Given, run: Run, json: Json = False) -> None:
     Example:
       lowmem resume runs/llama-60m-galore-1
     """
-    from lowmem.cli import resume as command
+    from lowmem.train.guard import stopped_while_loading
 
-    command.resume(given, run, as_json=json)
+    with stopped_while_loading(str(run)):
+        from lowmem.cli import resume as command
+
+        command.resume(given, run, as_json=json)
 
 
 def evaluate(given: Given, path: Weights, json: Json = False) -> None:

@@ -9,9 +9,9 @@ from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.cli.settings import loaded
 from lowmem.cli.train import corpus_of
-from lowmem.cli.weights import model_folder, run_of
+from lowmem.cli.weights import run_of
 from lowmem.config.schema import Config, DataConfig
-from lowmem.train.checkpoint import ABOUT
+from lowmem.train.checkpoint import ABOUT, model_folder
 from lowmem.train.evaluate import evaluate_folder
 
 
@@ -58,9 +58,9 @@ def _config(given: Given, path: Path, model: Path, console: Console) -> Config:
 
 def _data_of(model: Path) -> DataConfig:
     """The data of an exported model, if it says so, and a folder's own tokenizer."""
-    own: dict[str, str] = {}
+    own: dict[str, Any] = {}
+    if (model / ABOUT).is_file():
+        own = json.loads((model / ABOUT).read_text(encoding="utf-8"))["data"]
     if (model / "tokenizer.json").is_file():
         own["tokenizer"] = str(model)
-    if (model / ABOUT).is_file():
-        own["source"] = json.loads((model / ABOUT).read_text(encoding="utf-8"))["source"]
     return DataConfig.model_validate(own)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
-from lowmem.cli.weights import model_folder
 from lowmem.errors import ConfigError
 from lowmem.train.checkpoint import export as export_folder
+from lowmem.train.checkpoint import model_folder
 
 
 def export(given: Given, path: Path, out: Path) -> None:

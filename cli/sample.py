@@ -7,8 +7,8 @@ from typing import Any
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.cli.settings import no_cuda
-from lowmem.cli.weights import model_folder
 from lowmem.errors import CheckpointError, ConfigError
+from lowmem.train.checkpoint import model_folder
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,6 @@ from lowmem.errors import CheckpointError
 from lowmem.train.run import Run
 
 
-def model_folder(path: Path) -> Path:
-    """The Hugging Face folder inside `path`; CheckpointError when there is none."""
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            return folder
-    return Run.open(path).latest() / "model"
-
-
 def run_of(path: Path) -> Run | None:
     """The run that `path` is or belongs to, None for any other folder."""
     try:

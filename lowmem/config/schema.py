@@ -93,6 +93,10 @@ class ModelConfig(Section):
         if filled.get("num_key_value_heads") is None:
             filled["num_key_value_heads"] = heads
         if filled.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int):
+            if heads and hidden % heads:
+                raise ValueError(
+                    f"hidden_size {hidden} is no multiple of num_attention_heads {heads}"
+                )
             filled["head_dim"] = hidden // heads if heads else None
         return filled
 

@@ -5,9 +5,9 @@ save_folder(model, Path("export"), tokenizer=None)     # AutoModelForCausalLM re
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,21 +26,32 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def save_folder(
-    model: Llama, folder: Path, tokenizer: Callable[[Path], None] | None = None
-) -> None:
-    """Write config.json, generation_config.json and model.safetensors.
+class SavedTokenizer(Protocol):
+    """What a folder needs to know of the tokenizer: its files, and where a document ends."""
 
-    The folder is made where it is missing. tokenizer: writes its own files into the folder.
+    @property
+    def end_id(self) -> int: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+def save_folder(model: Llama, folder: Path, tokenizer: SavedTokenizer | None = None) -> None:
+    """Write config.json, generation_config.json and model.safetensors, and the tokenizer's files.
+
+    The folder is made where it is missing. The end-of-document token becomes eos_token_id, so that
+    generation stops at it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
     dtype = str(weights[0][1].dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", huggingface_config(model.config, dtype))
-    _write_json(folder / "generation_config.json", huggingface_generation_config(model.config))
+    config = model.config
+    if tokenizer is not None:
+        config = config.model_copy(update={"eos_token_id": tokenizer.end_id})
+    _write_json(folder / "config.json", huggingface_config(config, dtype))
+    _write_json(folder / "generation_config.json", huggingface_generation_config(config))
     write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
     if tokenizer is not None:
-        tokenizer(folder)
+        tokenizer.save(folder)
 
 
 def load_folder(

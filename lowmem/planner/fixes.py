@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from lowmem.config.schema import UpdateMode
 from lowmem.optim.assign import takes_rank
 from lowmem.planner.job import Job
 from lowmem.planner.plan import Choice, Fix, Memory
@@ -22,21 +23,31 @@ def fixes(job: Job, choice: Choice, memory: Memory) -> Iterator[Fix]:
 
 
 def _variations(job: Job, choice: Choice) -> Iterator[tuple[str, Choice]]:
-    """(flags, choice with that one change)."""
+    """(flags, choice with that one change); what the user fixed otherwise stays as it is."""
+    train = job.config.train
+    subspace: UpdateMode = "fused+subspace"
+    mode = subspace if choice.update == "unfused" and train.update == "auto" else choice.update
     rank = max(4, job.model.hidden_size // 8)
-    mode = "fused+subspace" if choice.update == "unfused" else choice.update
-    galore = replace(choice, method="galore", rank=rank, states="8bit", update=mode)
-    yield f"--method galore --rank {rank} --states 8bit", galore
-    if choice.states != "8bit":
-        if choice.method == "adamw":
-            yield "--method adam8bit", replace(choice, method="adam8bit", states="8bit")
-        else:
-            yield "--states 8bit", replace(choice, states="8bit")
+    small = replace(choice, method="galore", rank=rank, states="8bit", update=mode)
+    if choice.method != "galore":
+        yield f"--method galore --rank {rank} --states 8bit", small
+    elif isinstance(choice.rank, int) and choice.rank > 8:
+        yield f"--rank {choice.rank // 2}", replace(choice, rank=choice.rank // 2)
+    if choice.method == "adamw":
+        yield "--method adam8bit", replace(choice, method="adam8bit", states="8bit")
+    elif choice.states != "8bit":
+        yield "--states 8bit", replace(choice, states="8bit")
     if choice.update == "unfused" and takes_rank(choice.method):
-        yield "--update fused+subspace", replace(choice, update="fused+subspace")
+        yield f"--update {subspace}", replace(choice, update=subspace)
     if choice.recompute != "full":
         yield "--recompute full", replace(choice, recompute="full")
     if choice.micro_batch > 1 and choice.update != "fused":
         yield "--micro-batch 1", replace(choice, micro_batch=1, accumulate=job.rows)
-    if choice.weights == "fp32" and job.config.train.device == "cuda":
+    if job.rows > 1 and train.micro_batch == "auto":
+        yield "--batch 1seq --update fused --clip off", _single(choice)
+    if choice.weights == "fp32" and train.device == "cuda":
         yield "--weights bf16", replace(choice, weights="bf16")
+
+
+def _single(choice: Choice) -> Choice:
+    return replace(choice, micro_batch=1, accumulate=1, update="fused", clip=None)

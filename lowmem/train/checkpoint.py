@@ -50,7 +50,7 @@ def save(
     final = run.folder / "checkpoints" / f"step-{at.update:06d}"
     work = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(work, ignore_errors=True)
-    save_folder(model, work / "model", corpus.tokenizer().save)
+    save_folder(model, work / "model", corpus.tokenizer())
     _write_json(work / "model" / ABOUT, _about(run, at))
     (work / STATES).parent.mkdir()
     write_tensors(work / STATES, list(optimizer.state_tensors()))
@@ -72,9 +72,8 @@ def save(
 
 
 def _about(run: Run, at: Position) -> dict[str, Any]:
-    data = run.config.data
-    source = os.path.relpath(data.source) if Path(data.source).exists() else data.source
-    return {"lowmem": __version__, "seq_len": data.seq_len, "source": source, "update": at.update}
+    data = run.config.data.model_dump(include={"source", "seq_len", "text_key", "skip_bad"})
+    return {"lowmem": __version__, "update": at.update, "data": data}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -179,14 +178,21 @@ def restore(
     return at
 
 
+def model_folder(path: Path) -> Path:
+    """The Hugging Face folder that a path to weights means, verified where it has a manifest.
+
+    path: a run (its newest checkpoint), a checkpoint, or such a folder. CheckpointError: none.
+    """
+    if (path / "config.json").is_file():
+        return path
+    checkpoint = path if (path / MANIFEST).is_file() else Run.open(path).latest()
+    verify(checkpoint)
+    return checkpoint / "model"
+
+
 def export(path: Path, out: Path) -> None:
     """Copy the Hugging Face folder of a run or checkpoint to `out`, verified."""
-    source = path
-    if not (path / "config.json").is_file():
-        checkpoint = path if (path / MANIFEST).is_file() else Run.open(path).latest()
-        verify(checkpoint)
-        source = checkpoint / "model"
-    shutil.copytree(source, out, dirs_exist_ok=True)
+    shutil.copytree(model_folder(path), out, dirs_exist_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,12 +10,11 @@ import torch
 
 from lowmem.data.batches import validation_batches
 from lowmem.data.shards import Corpus, TokenStream
-from lowmem.errors import CheckpointError, DataError, HardwareError
+from lowmem.errors import CheckpointError, ConfigError, DataError, HardwareError
 from lowmem.model.huggingface import load_folder
 from lowmem.model.llama import Llama
-from lowmem.train.checkpoint import ABOUT, MANIFEST
+from lowmem.train.checkpoint import ABOUT, model_folder
 from lowmem.train.events import perplexity
-from lowmem.train.run import Run
 
 TOKENS_AT_ONCE = 4096  # per forward pass, where no plan says otherwise
 LONGEST = 1024  # sequence length of a folder that does not say how it was trained
@@ -70,7 +69,7 @@ def evaluate_folder(
 
     seq_len: that of its training when None. HardwareError: a device that is not there.
     """
-    folder = _model_folder(path)
+    folder = model_folder(path)
     config = _json_of(folder / "config.json")
     dtype = _dtype_of(config)
     if device == "auto":
@@ -80,25 +79,22 @@ def evaluate_folder(
     if device == "cpu" and dtype == torch.float16:
         dtype = torch.float32
     model = load_folder(folder, dtype, device)
-    return evaluate(
-        model,
-        validation_of(corpus),
-        seq_len=seq_len or trained_length(folder, model.config.max_position_embeddings),
-        tokens=tokens,
-    )
+    longest = model.config.max_position_embeddings
+    length = seq_len or trained_length(folder, longest)
+    if length > longest:
+        raise ConfigError(
+            f"data.seq_len = {length} is more than the model's {longest} positions",
+            "max_position_embeddings of the model",
+            f"--seq-len {longest}",
+        )
+    return evaluate(model, validation_of(corpus), seq_len=length, tokens=tokens)
 
 
 def trained_length(folder: Path, longest: int) -> int:
     """Sequence length that a model folder was trained with, if it says so."""
     if (folder / ABOUT).is_file():
-        return int(_json_of(folder / ABOUT)["seq_len"])
+        return int(_json_of(folder / ABOUT)["data"]["seq_len"])
     return min(LONGEST, longest)
-
-
-def _model_folder(path: Path) -> Path:
-    if (path / "config.json").is_file():
-        return path
-    return (path if (path / MANIFEST).is_file() else Run.open(path).latest()) / "model"
 
 
 def _json_of(path: Path) -> dict[str, Any]:

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
-from lowmem.errors import DivergedError, OutOfMemoryError
+from lowmem.errors import DivergedError, OutOfMemoryError, Stopped
 
 
 class StopRequest:
@@ -49,8 +47,38 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 @contextmanager
+def stopped_while_loading(run: str) -> Iterator[None]:
+    """Until the loop takes over, a signal ends a resumed run as it would end a running one.
+
+    Nothing has changed yet, so there is nothing to save.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Stopped(
+            f"stopped by {name} before the first update; nothing has changed",
+            "the run was still loading",
+            f"lowmem resume {run}",
+        )
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    try:
+        before = {number: signal.signal(number, handle) for number in numbers}
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def told_out_of_memory() -> Iterator[None]:
     """Turn the device's out-of-memory error into ours, with what helps."""
+    import torch  # signals are handled before it has been loaded
+
     try:
         yield
     except torch.OutOfMemoryError as error:

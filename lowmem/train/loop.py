@@ -50,7 +50,7 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
     """
     config, began = run.config, time.perf_counter()
     report = _recorded(run, report)
-    batches, validation = _batches(config, corpus), validation_of(corpus)
+    batches, validation = text_of(config, corpus)
     with told_out_of_memory():
         model, optimizer = build(config)
         at = _begin(run, model, optimizer, batches, corpus)
@@ -149,19 +149,21 @@ def _repeat_exactly(model: Llama) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _batches(config: Config, corpus: Corpus) -> Batches:
+def text_of(config: Config, corpus: Corpus) -> tuple[Batches, TokenStream]:
+    """What a run reads: (the order of training, the validation part). DataError: too little."""
     if corpus.train is None:
         raise DataError(
             f"{corpus.folder} has no training part",
             "every file is named as validation",
             "add files without `validation` in their names, or use lowmem eval",
         )
-    return Batches(
+    batches = Batches(
         corpus.train,
         seq_len=settled(config.data.seq_len),
         rows_per_update=rows_of(config.train.batch, settled(config.data.seq_len)),
         seed=config.train.seed,
     )
+    return batches, validation_of(corpus)
 
 
 def _begin(

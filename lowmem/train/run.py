@@ -22,6 +22,7 @@ from lowmem.errors import CheckpointError, ConfigError
 from lowmem.train.events import Event, Metric, to_record
 
 METRICS, EVENTS, LATEST = "metrics.jsonl", "events.jsonl", "latest"
+RESERVED = ("sample", "c4", "auto")  # words of --data and --tokenizer that are no paths
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 
 
@@ -158,7 +159,7 @@ def _self_contained(config: Config, name: str) -> Config:
     absolute = {
         key: os.path.abspath(value)
         for key, value in (("source", data.source), ("tokenizer", data.tokenizer))
-        if Path(value).exists()
+        if value not in RESERVED and Path(value).exists()  # a folder `sample` is not meant by it
     }
     return config.model_copy(
         update={

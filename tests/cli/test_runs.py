@@ -271,3 +271,67 @@ def test_a_damaged_corpus_is_named(place: Path, capsys: pytest.CaptureFixture[st
     assert "train-00000.bin" in refused(capsys, 4, ["data", "verify", "corpus"])
     shard.write_bytes(shard.read_bytes()[:-2])
     assert "train-00000.bin" in refused(capsys, 4, ["data", "info", "corpus"])
+
+
+def test_a_folder_called_sample_is_not_taken_for_the_corpus(place: Path) -> None:
+    """`sample`, `c4` and `auto` are words; ./sample is a folder."""
+    from lowmem.config.schema import Config
+    from lowmem.train.run import Run
+
+    (place / "sample").mkdir()
+    (place / "auto").write_text("")
+    config = Config.model_validate({"model": "llama-9m", "run": {"name": "words"}})
+    opened = Run.open(Run.create(config, None).folder).config.data
+    assert (opened.source, opened.tokenizer) == ("sample", "auto")
+
+
+def test_an_export_knows_its_data_from_anywhere(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (place / "content.jsonl").write_text(
+        "".join(json.dumps({"content": f"line {i} of the text"}) + "\n" for i in range(400))
+    )
+    where = ["--model", "small.json", "--data", "content.jsonl", "--tokenizer", "tokenizer"]
+    key = ["--set", "data.text_key=content", "--device", "cpu", "--name", "keyed"]
+    assert run(["train", *where, *SETTINGS, *key]) == 0
+    assert run(["export", "runs/keyed", str(tmp_path / "out")]) == 0
+    expected = result(capsys, "eval", "runs/keyed")
+    monkeypatch.chdir(tmp_path)
+    assert result(capsys, "eval", "out")["loss"] == expected["loss"]
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+def test_damaged_weights_are_not_used(
+    command: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("runs/one", tmp_path / "one")
+    weights = next((tmp_path / "one").glob("checkpoints/*4/model/model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "is damaged" in refused(capsys, 5, [command, str(tmp_path / "one")])
+
+
+def test_too_little_text_leaves_no_run_folder(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "short.txt").write_text("word1")
+    where = ["--model", "small.json", "--data", "short.txt", "--tokenizer", "tokenizer"]
+    refused(capsys, 4, ["train", *where, *SETTINGS, "--device", "cpu", "--name", "short"])
+    assert not Path("runs/short").exists()
+
+
+def test_a_signal_while_a_resumed_run_loads_ends_it_resumable(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import signal
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("lowmem.cli.resume.corpus_of", interrupted)
+    assert run(["resume", "runs/one"]) == 75
+    assert "stopped by SIGTERM before the first update" in capsys.readouterr().err

@@ -34,6 +34,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+class FakeTokenizer:
+    """Writes one file; documents end with token 7."""
+
+    end_id = 7
+
+    def save(self, folder: Path) -> None:
+        (folder / "t").touch()
+
+
 def small(**changes: Any) -> Llama:
     model = Llama(ModelConfig(**{**FIELDS, **changes}), dtype=torch.float32, device="cpu")
     model.initialise(0)
@@ -84,10 +93,12 @@ def test_weights_are_cast_to_the_wanted_dtype(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_writes_into_the_folder(tmp_path: Path) -> None:
-    save_folder(small(), tmp_path / "new", lambda folder: (folder / "t").touch())
+    save_folder(small(), tmp_path / "new", FakeTokenizer())
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["eos_token_id"] == 7
     assert (tmp_path / "new" / "t").exists()
     generation = json.loads((tmp_path / "new" / "generation_config.json").read_text())
-    assert generation == {"_from_model_config": True}
+    assert generation == {"_from_model_config": True, "eos_token_id": 7}
 
 
 def damage(folder: Path, how: str) -> None:

@@ -81,7 +81,7 @@ def test_a_checkpoint_holds_weights_states_and_position(parts: Parts) -> None:
     assert state["numbers"] == parts.optimizer.state_numbers()
     assert state["next_batch"] == parts.batches.of(3).digest()
     about = json.loads((folder / "model" / "lowmem.json").read_text())
-    assert (about["update"], about["seq_len"]) == (3, 32)
+    assert (about["update"], about["data"]["seq_len"]) == (3, 32)
 
 
 def test_the_manifest_covers_every_file(parts: Parts) -> None:
