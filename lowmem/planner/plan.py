@@ -59,7 +59,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted peak of one update, in bytes (planner.md section 1: four numbers, never one).
+    """Predicted peak of one update, in bytes (docs/memory.md: four numbers, never one).
 
     tensors: live storages at the worst moment. allocated: `max_memory_allocated`. reserved:
     `max_memory_reserved`. parts: what the tensors at that moment are for; sums to `tensors`.

@@ -4,7 +4,7 @@ The very model and the very optimizer are built on `meta` and run two updates an
 `LiveBytes` sees every storage appear and die. The same tracker counts a real step on the CPU, and
 both give the same number to the byte.
 
-Source of the recipe: planner.md section 2.
+See docs/memory.md.
 """
 
 import itertools
@@ -185,7 +185,7 @@ WORKSPACE: dict[Any, Callable[..., int]] = {
 }
 """Scratch memory of operators that allocate it out of sight, in bytes, from their arguments.
 
-planner.md section 7.1; the tracker adds it at the moment of the call.
+The tracker adds it at the moment of the call; see docs/memory.md.
 """
 
 

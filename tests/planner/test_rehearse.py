@@ -88,7 +88,7 @@ def test_meta_equals_real_to_the_byte(
 
 
 def test_persistent_bytes_of_7b_are_those_of_the_formula() -> None:
-    """planner.md 5.1, written out for GaLore rank 1024 with 8-bit moments and bf16 weights."""
+    """Written out by hand for GaLore rank 1024 with 8-bit moments and bf16 weights."""
     seven = read_preset("llama-7b")
     optimizer = OptimizerConfig(method="galore", rank=1024, states="8bit")
     how = choice("fused", "full", "bf16", 1)

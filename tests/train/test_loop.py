@@ -184,7 +184,7 @@ def test_a_card_trains_within_the_planned_memory(
     events: list[Event] = []
     train(run, tiny_corpus, events.append, plan)
     (measured,) = [event for event in events if isinstance(event, Measured)]
-    # planner.md section 1: within 2 %, never under by more than 1 %.
+    # The aim of docs/memory.md: within 2 %, never under by more than 1 %.
     assert measured.measured <= 1.01 * measured.planned
     assert measured.measured >= 0.98 * measured.planned
 
