@@ -140,7 +140,8 @@ def _largest_micro_batch(
         return top
     low = job.choice(kind, mode, level, 1)
     if not job.fits(low, room):
-        return None
+        whole = job.choice(kind, mode, level, job.rows)  # needs no float32 sums
+        return whole if job.fits(whole, room) else None
     for _ in range(_SECANTS):
         share = (room - job.peak(low)) / (job.peak(top) - job.peak(low))
         micro = low.micro_batch + int(share * (top.micro_batch - low.micro_batch))
