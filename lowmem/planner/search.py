@@ -19,6 +19,7 @@ from lowmem.units import format_bytes
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed
 ATTEMPTS = 8
 _SECANTS = 4
+_RIVALS = 8  # rehearsed to say which is smallest when nothing fits
 ENOUGH_TOKENS = 2048  # below that matmuls are slow, and recomputation is the better price
 
 
@@ -61,8 +62,21 @@ def search(job: Job, room: int) -> tuple[list[Candidate], Choice]:
         if row.fits:
             chosen = row.choice
     if chosen is None:
-        chosen = min((row.choice for row in rows), key=job.peak)
+        chosen = _least(job)
+        row = _too_large(job, chosen, room)
+        rows = [row if kind_of(old.choice) == kind_of(chosen) else old for old in rows]
     return rows, chosen
+
+
+def _least(job: Job) -> Choice:
+    """The smallest settings of all: of those with the fewest persistent bytes, the lowest peak."""
+    options = [
+        choice
+        for kind in kinds(job.config, job.model)
+        for mode in modes(job.config, kind, job.rows)
+        for choice in _smallest(job, kind, mode)
+    ]
+    return min(sorted(options, key=job.persistent)[:_RIVALS], key=job.peak)
 
 
 def _best(job: Job, kind: Kind, room: int) -> Candidate:
