@@ -1,8 +1,7 @@
 """Root-mean-square normalisation: y = w * (x / sqrt(mean(x^2) + eps)), and its gradients.
 
 As in Hugging Face's LLaMA the normalised row is rounded to the input's dtype before it meets the
-weight; statistics and sums are float32. Mixed-dtype in-place operations keep the float32 values
-inside the kernel, so that no float32 copy of the input is ever made.
+weight; statistics and sums are float32. Float32 copies are of a slice of the rows at most.
 
 Source: Zhang and Sennrich, arXiv:1910.07467.
 """

@@ -78,10 +78,6 @@ class Batches:
             row[:] = self._stream.read(int(window) * self._seq_len, self._seq_len + 1)
         return UpdateBatch(torch.from_numpy(rows), self._rows_per_update * self._seq_len)
 
-    def epoch(self, update: int) -> float:
-        """Passes over the data before `update`."""
-        return update * self._rows_per_update / self.windows
-
     def _windows_of(self, update: int) -> np.ndarray:
         epochs, places = np.divmod(update * self._rows_per_update + self._own, self.windows)
         chosen = np.empty_like(places)

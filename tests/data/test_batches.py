@@ -90,7 +90,6 @@ def test_an_update_may_span_epochs(make_stream: MakeStream) -> None:
     rows = torch.cat([batches.of(number).rows for number in range(3)])[:, 0]
     for epoch in rows.reshape(7, 3):  # 3 windows, 21 rows
         assert sorted(epoch.tolist()) == [0, 4, 8]
-    assert batches.epoch(3) == 7.0
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])
