@@ -1,9 +1,11 @@
 """Events of a run as lines of text, with the same columns in a terminal and in a log."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from lowmem.train.events import (
+    Assigned,
+    Diagnosed,
     Evaluated,
     Event,
     Finished,
@@ -40,6 +42,7 @@ class EventLines:
         self._left = 0
         self._seconds: float | None = None  # smoothed, per update
         self._best = math.inf
+        self._kept_bases = 0  # told of so far
 
     def of(self, event: Event) -> list[str]:
         """The lines to show for `event`, none where it is left out."""
@@ -53,8 +56,12 @@ class EventLines:
         match event:
             case Started():
                 return self._started(event)
+            case Assigned():
+                return list(_assigned(event))
             case Trained():
                 return self._trained(event)
+            case Diagnosed():
+                return self._diagnosed(event)
             case Evaluated():
                 return [self._evaluated(event)]
             case Saved():
@@ -99,6 +106,15 @@ class EventLines:
             f"  {self.remaining()}"
         )
 
+    def _diagnosed(self, event: Diagnosed) -> list[str]:
+        """Only what someone should know at once: that subspaces could not be chosen anew."""
+        kept = int(event.diagnostics.get("kept_bases") or 0)
+        if kept <= self._kept_bases:
+            return []
+        self._kept_bases = kept
+        line = f"{event.update + 1:>8} {kept} decompositions failed so far"
+        return [f"{line}: each time a matrix kept its old subspace"]
+
     def _evaluated(self, event: Evaluated) -> str:
         best = event.eval_loss < self._best
         self._best = min(self._best, event.eval_loss)
@@ -107,6 +123,14 @@ class EventLines:
             f" validation, {format_count(event.eval_tokens)} tokens,"
             f" {format_seconds(event.seconds)}" + (", best so far" if best else "")
         )
+
+
+def _assigned(event: Assigned) -> Iterator[str]:
+    whole = sum(group.elements for group in event.groups)
+    for group in event.groups:
+        elements = f"{format_count(group.elements)} of {format_count(whole)} elements"
+        yield f"{'':>8} {group.roles}: {group.weights} weights, {elements}"
+        yield f"{'':>8}   {group.method}"
 
 
 def _measured(event: Measured) -> str:

@@ -1,27 +1,58 @@
 """Work on large tensors in pieces, so that temporaries stay small.
 
+A card takes large pieces, because each costs launches; a CPU takes pieces that stay in its cache.
 On the meta device only the first two pieces and the last are visited: temporaries of one piece may
 live into the next, so two whole ones in a row and the shorter last one show every amount of memory
 that occurs, and a rehearsed 7B update takes seconds instead of minutes.
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
-SLICE_ELEMENTS = 2**22  # 16 MiB of float32; a multiple of every quantisation block
+from lowmem.kernels.blockwise import BLOCK
+
+SLICE_ELEMENTS = {"cuda": 2**22, "cpu": 2**18}  # 16 MiB and 1 MiB of float32
+_meta_stands_for = ["cuda"]
+
+
+@contextmanager
+def rehearsing(device: str) -> Iterator[None]:
+    """Inside, a tensor on meta is cut as it would be on that device."""
+    _meta_stands_for.append(device)
+    try:
+        yield
+    finally:
+        _meta_stands_for.pop()
+
+
+def device_type(tensor: Tensor) -> str:
+    """Where the tensor is; of one on meta, where it would be."""
+    return _meta_stands_for[-1] if tensor.is_meta else tensor.device.type
+
+
+def slice_elements(tensor: Tensor) -> int:
+    """Elements of a piece on the tensor's device."""
+    return SLICE_ELEMENTS["cpu" if device_type(tensor) == "cpu" else "cuda"]
 
 
 def flat_slices(tensor: Tensor) -> Iterator[slice]:
     """Slices that cover the flattened tensor."""
-    for start, stop in pieces(tensor.numel(), SLICE_ELEMENTS, tensor.is_meta):
+    for start, stop in pieces(tensor.numel(), slice_elements(tensor), tensor.is_meta):
         yield slice(start, stop)
 
 
-def row_slices(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """(start, stop) of groups of rows along the first dimension, at least one row each."""
+def row_slices(tensor: Tensor, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """(start, stop) of groups of rows along the first dimension.
+
+    start * row length is a multiple of `block`, so that the group is one of whole blocks.
+    """
     rows = tensor.shape[0]
-    step = max(1, SLICE_ELEMENTS * rows // max(1, tensor.numel()))
+    width = max(1, tensor.numel() // max(1, rows))
+    aligned = block // math.gcd(width, block)
+    step = max(1, slice_elements(tensor) // (width * aligned)) * aligned
     return pieces(rows, step, tensor.is_meta)
 
 

@@ -42,7 +42,8 @@ ONLY_IN_FUNCTIONS = {
     "wandb",
     "trackio",
 }
-NOT_AT_RUN_TIME = {"galore_torch", "pytest", "hypothesis"}
+REFERENCES = {"galore_torch", "apollo_torch", "fira", "pytorch_optimizer"}
+NOT_AT_RUN_TIME = {*REFERENCES, "pytest", "hypothesis"}
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,10 @@ def _phrases(schema: Schema) -> Iterator[str]:
                 yield "text"
             case {"type": "boolean"}:
                 yield "true or false"
+            case {"type": "array", "prefixItems": items}:
+                yield f"[{', '.join(allowed(item) for item in items)}]"
+            case {"type": "array"}:
+                yield "a list"
             case {"type": "object"}:
                 yield "a table"
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lowmem.kernels.drawn_targets import drawn_targets
 from lowmem.kernels.linear_cross_entropy import linear_cross_entropy
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_backward
 from lowmem.phases import phase
@@ -60,14 +61,25 @@ def _embedding_gradient(grad: Tensor, inputs: Tensor, model: "Llama") -> Tensor:
 
 
 class LossStep(torch.autograd.Function):
-    """Final norm, head and cross-entropy; both gradients are made in the forward."""
+    """Final norm, head and cross-entropy; both gradients are made in the forward.
+
+    seed: targets are drawn from the predictions instead.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, targets: Tensor, scale: float, model: "Llama", tied: list[Tensor]
+        ctx: Any,
+        x: Tensor,
+        targets: Tensor,
+        scale: float,
+        model: "Llama",
+        tied: list[Tensor],
+        seed: int | None,
     ) -> Tensor:
         y, rstd = rms_norm(x, model.model.norm.weight, model.config.rms_norm_eps)
         wanted = ctx.needs_input_grad[0]
+        if seed is not None:
+            targets = drawn_targets(y, model.head_weight, targets, seed)
         made = linear_cross_entropy(y, model.head_weight, targets, scale, wanted)
         ctx.made = (*made[1:], x, rstd)
         ctx.model, ctx.tied = model, tied
@@ -90,4 +102,4 @@ class LossStep(torch.autograd.Function):
             grad_y.mul_(grad)
             weight = model.model.norm.weight
             model.hand("model.norm.weight", rms_norm_backward(grad_y, x, weight, rstd))
-        return grad_y, None, None, None, None
+        return grad_y, None, None, None, None, None

@@ -102,6 +102,13 @@ class Llama(nn.Module):
         inputs, targets: (b, t) int64; a target of -100 is skipped. total_tokens: targets of the
         whole update, so that micro-batches add up.
         """
+        return self._loss(inputs, targets, total_tokens, None)
+
+    def drawn_loss(self, inputs: Tensor, targets: Tensor, total_tokens: int, seed: int) -> Tensor:
+        """The same for targets drawn from the model's own predictions, where there are targets."""
+        return self._loss(inputs, targets, total_tokens, seed)
+
+    def _loss(self, inputs: Tensor, targets: Tensor, total_tokens: int, seed: int | None) -> Tensor:
         rotation = self._rotation(inputs.shape[1])
         tied: list[Tensor] = []  # the head's gradient waits for the embedding's
         with phase("embedding"):
@@ -111,7 +118,7 @@ class Llama(nn.Module):
             with phase(f"forward of block {index + 1}"):
                 x = BlockStep.apply(x, block, rotation, level, self.hand)
         with phase("loss"):
-            return LossStep.apply(x, targets.reshape(-1), 1 / total_tokens, self, tied)
+            return LossStep.apply(x, targets.reshape(-1), 1 / total_tokens, self, tied, seed)
 
     @torch.no_grad()
     def loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:

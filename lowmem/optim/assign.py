@@ -12,21 +12,23 @@ from torch import Tensor
 
 from lowmem.config.schema import OptimizerConfig, UpdateMode, settled
 from lowmem.errors import ConfigError
-from lowmem.optim.method import Method, Projected
+from lowmem.optim.method import ByRole, Method
 from lowmem.optim.methods import METHODS, build_method, method_spec
 from lowmem.optim.optimizer import Optimizer
+from lowmem.optim.place import Place
 
 PROJECTED_ROLES = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The method of one parameter. weight_decay is 0 for norms and biases."""
+    """The method of one parameter. weight_decay is 0 for norms and biases; place has no seed."""
 
     name: str
     role: str
     method: Method
     weight_decay: float
+    place: Place
 
 
 def takes_rank(method: str) -> bool:
@@ -66,45 +68,55 @@ def _rank_of(rank: Any, role: str) -> Any:
 
 
 def assign(
-    config: OptimizerConfig, weights: Mapping[str, Tensor], roles: Mapping[str, str]
+    config: OptimizerConfig,
+    weights: Mapping[str, Tensor],
+    roles: Mapping[str, str],
+    head_dim: int,
 ) -> list[Assignment]:
     """One assignment per weight, in the order of `weights`. ConfigError for unsuitable options."""
     rest = _rest(config)
+    matrices = [name for name in weights if _is_matrix(roles[name])]
+    indices = {name: index for index, name in enumerate(matrices)}
     return [
         Assignment(
             name,
             roles[name],
             _method_for(config, weight, roles[name], rest),
             0.0 if roles[name] in ("norm", "bias") else config.weight_decay,
+            Place(0, roles[name], indices.get(name, 0), max(1, len(matrices)), head_dim),
         )
         for name, weight in weights.items()
     ]
 
 
-def _method_for(config: OptimizerConfig, weight: Tensor, role: str, rest: Method) -> Method:
-    group = role.partition(".")[0]
-    if group not in PROJECTED_ROLES:
-        return rest
-    options = method_options(config, group)
+def _is_matrix(role: str) -> bool:
+    return role.partition(".")[0] in PROJECTED_ROLES
+
+
+def _method_for(config: OptimizerConfig, weight: Tensor, role: str, rest: ByRole) -> Method:
+    if not _is_matrix(role):
+        return rest.of(role)
+    options = method_options(config, role.partition(".")[0])
     if isinstance(options.get("rank"), float):
         options["rank"] = max(1, round(options["rank"] * min(weight.shape)))
-    return build_method(config.method, options)
+    return build_method(config.method, options).matrix
 
 
-def _rest(config: OptimizerConfig) -> Method:
+def _rest(config: OptimizerConfig) -> ByRole:
     """What updates embedding, head, norms and biases."""
     rest, section = config.rest, "optimizer.rest"
-    states = {} if rest.states == "auto" else {"states": rest.states}
+    states: dict[str, Any] = {} if rest.states == "auto" else {"states": rest.states}
     if rest.method == "auto":
         if rest.options:
             raise ConfigError(
                 f"{section} has options ({', '.join(rest.options)}) but no method",
-                "without one the rest follows the main method's own Adam",
+                "without one the rest follows what the main method prescribes",
                 'rest.method = "adamw"',
             )
         options = {k: v for k, v in method_options(config).items() if k != "rank"}
-        method = build_method(config.method, options | states)
-        return method.rest if isinstance(method, Projected) else method
+        if states and "rest_states" in method_spec(config.method).arguments:
+            states = {"rest_states": rest.states}
+        return build_method(config.method, options | states)
     if "rank" in method_spec(rest.method, section).arguments:
         raise ConfigError(
             f"{section}.method = {rest.method!r} projects",
@@ -122,11 +134,12 @@ def build_optimizer(
     *,
     mode: UpdateMode,
     seed: int,
+    head_dim: int,
 ) -> Optimizer:
     """The optimizer of a model, with all its state allocated on the weights' devices."""
     optimizer = Optimizer(mode, seed)
-    for item in assign(config, weights, roles):
-        optimizer.add(item.name, weights[item.name], item.method, item.weight_decay)
+    for item in assign(config, weights, roles, head_dim):
+        optimizer.add(item.name, weights[item.name], item.method, item.weight_decay, item.place)
     return optimizer
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem.kernels.blockwise import BLOCK, block_count, dequantize, quantize
 from lowmem.kernels.rounding import stochastic_round
+from lowmem.kernels.slices import flat_slices
 from lowmem.naming import seed_of
 
 State = dict[str, Tensor | int | float]
@@ -116,6 +117,37 @@ class Blockwise8:
 
 def _blocks(piece: slice) -> slice:
     return slice(piece.start // BLOCK, block_count(piece.stop))
+
+
+def is_float32(state: State, key: str) -> bool:
+    """Is that state tensor stored as it is, in float32?"""
+    return key in state and tensor(state, key).dtype == torch.float32
+
+
+def fill_zero(state: State, *keys: str) -> None:
+    """Make state tensors of any format zero, in place."""
+    for key in keys:
+        if key in state:
+            tensor(state, key).zero_()
+        else:  # codes mean nothing at scale 0
+            tensor(state, f"{key}.absmax").zero_()
+
+
+def turned(format: Format, state: State, key: str, transition: Tensor, right: bool) -> None:
+    """Multiply a projected moment by `transition` on its rank axis, in place.
+
+    transition: (r, r). right: the moment is (m, r), otherwise (r, n).
+    """
+    low = tensor(state, key if key in state else f"{key}.codes")
+    moment = torch.empty(low.shape, dtype=torch.float32, device=low.device)
+    for piece in flat_slices(low):
+        moment.view(-1)[piece] = format.load(state, key, piece)
+    transition = transition.float()
+    moment = moment @ transition.T if right else transition @ moment
+    for piece in flat_slices(low):
+        target = format.load(state, key, piece)
+        target.copy_(moment.view(-1)[piece])
+        format.store(state, key, piece, target)
 
 
 def format_named(name: str, min_elements: int = 4096, floor_codes: bool = True) -> Format:

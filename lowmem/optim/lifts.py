@@ -1,4 +1,8 @@
-"""From the subspace back to full size, and what happens to the part of the gradient outside it."""
+"""From the subspace back to full size, and what happens to the part of the gradient outside it.
+
+A lift that looks at that part needs the whole gradient: `channels.py` (Fira, APOLLO) and
+`residuals.py` (FRUGAL).
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -6,7 +10,8 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from lowmem.optim.formats import State
-from lowmem.optim.projectors import Projector, Rows
+from lowmem.optim.projectors import Projector
+from lowmem.optim.weights import Step
 
 
 class Lift(Protocol):
@@ -24,8 +29,12 @@ class Lift(Protocol):
         factor: float,
         projector: Projector,
         state: State,
-    ) -> Rows:
-        """The full-size step. kept: the gradient or its projection; low: its projection."""
+    ) -> Step:
+        """The full-size step.
+
+        kept: the gradient or its projection; low: its projection; direction: float32, of low's
+        shape, to be multiplied by factor.
+        """
 
 
 @dataclass(frozen=True)
@@ -49,5 +58,5 @@ class ProjectBack:
         factor: float,
         projector: Projector,
         state: State,
-    ) -> Rows:
+    ) -> Step:
         return projector.up(direction.mul_(self.scale * factor), state)

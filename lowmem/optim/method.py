@@ -8,16 +8,22 @@ calls, because `refresh` is rare and expensive, `compress` is per micro-batch, `
 and because `compress` is linear: sums, means and clipping act on what it returns.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lowmem.optim.formats import State, number
 from lowmem.optim.lifts import Lift
-from lowmem.optim.projectors import Projector, Rows
+from lowmem.optim.place import Place
+from lowmem.optim.projectors import Projector
 from lowmem.optim.refresh import Refresh
-from lowmem.optim.rules import Rule
+from lowmem.optim.rules import Rule, whole
+from lowmem.optim.weights import Step
+
+OnRefresh = Literal["keep", "reset", "rotate"]
+Curvature = Literal["none", "gauss-newton", "hutchinson"]
 
 
 @dataclass(frozen=True)
@@ -25,17 +31,19 @@ class Needs:
     """What a method asks of the optimizer.
 
     full_gradient: it cannot accumulate in a subspace. decay_first: weight decay before the step.
+    curvature: the estimate of the Hessian's diagonal that it follows, see `curvature.py`.
     """
 
     full_gradient: bool
     decay_first: bool
+    curvature: Curvature = "none"
 
 
 class Method(Protocol):
     @property
     def needs(self) -> Needs: ...
 
-    def init(self, weight: Tensor, seed: int) -> State:
+    def init(self, weight: Tensor, place: Place) -> State:
         """Allocate every state tensor on weight.device; on "meta" this is how bytes are counted."""
 
     def refresh(self, grad: Tensor, state: State) -> None:
@@ -44,27 +52,62 @@ class Method(Protocol):
     def compress(self, grad: Tensor, state: State) -> Tensor:
         """What must be kept of a gradient: itself, or its projection. Linear."""
 
-    def update(self, kept: Tensor, state: State) -> Rows:
-        """The direction in rows, before learning rate and decay; advances the counters.
+    def update(self, kept: Tensor, state: State) -> Step | None:
+        """The step, before learning rate and decay; advances the counters. kept is consumed.
 
-        kept is consumed.
+        None leaves the weight as it is, without decay.
         """
+
+
+@runtime_checkable
+class Reallocating(Protocol):
+    """What else a method has whose tensors change their shapes during training."""
+
+    def release(self, state: State) -> None:
+        """An update begins: free what it will not need, before other weights allocate."""
+
+    def reallocate(self, weight: Tensor, state: State, numbers: Mapping[str, int | float]) -> None:
+        """Hold the tensors that a saved state with these numbers holds; values follow."""
+
+
+@dataclass(frozen=True)
+class ByRole:
+    """What a method builds: its own treatment of matrices, and that of everything else.
+
+    matrix: attention and MLP. other: norms, biases, and embedding and head unless they are given.
+    """
+
+    matrix: Method
+    other: Method
+    embedding: Method | None = None
+    head: Method | None = None
+
+    def of(self, role: str) -> Method:
+        """The method of a parameter with that role."""
+        if role.startswith(("attention", "mlp")):
+            return self.matrix
+        given = {"embedding": self.embedding, "head": self.head}.get(role)
+        return given if given is not None else self.other
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A rule applied to the whole gradient: embeddings, norms and the baselines."""
+    """A rule applied to the whole gradient.
+
+    multiplier: of the step, not of the decay.
+    """
 
     rule: Rule
     decay_first: bool = True
+    multiplier: float = 1.0
 
     @property
     def needs(self) -> Needs:
         return Needs(full_gradient=True, decay_first=self.decay_first)
 
-    def init(self, weight: Tensor, seed: int) -> State:
-        state: State = {"step": 0, "seed": seed}
-        self.rule.init(state, weight)
+    def init(self, weight: Tensor, place: Place) -> State:
+        state: State = {"step": 0, "seed": place.seed}
+        self.rule.init(state, weight, place)
         return state
 
     def refresh(self, grad: Tensor, state: State) -> None:
@@ -73,50 +116,69 @@ class Dense:
     def compress(self, grad: Tensor, state: State) -> Tensor:
         return grad
 
-    def update(self, kept: Tensor, state: State) -> Rows:
+    def update(self, kept: Tensor, state: State) -> Step | None:
         state["step"] = number(state, "step") + 1
-        direction, factor = self.rule.direction(kept, state)
-        if factor != 1.0:
-            direction.mul_(factor)
-        return lambda start, stop: direction[start:stop]
+        direction = self.rule.direction(kept, state)
+        if direction is None:
+            return None
+        width = kept.numel() // max(1, kept.shape[0])
+        flat = kept.view(-1)
+
+        def step(rows: Tensor, start: int, stop: int, alpha: float) -> None:
+            piece = slice(start * width, stop * width)
+            direction.add_to(rows.view(-1), flat[piece].float(), piece, alpha * self.multiplier)
+
+        return step
 
 
 @dataclass(frozen=True)
 class Projected:
     """A rule inside a subspace of the gradient.
 
-    rest: how the parameters that are not projected (embedding, head, norms) are updated.
+    on_refresh: moments are kept as they are, rotated into the new basis, or forgotten together
+    with the count of updates that bias correction uses.
     """
 
     projector: Projector
     rule: Rule
     lift: Lift
     refresh_when: Refresh
-    rest: Dense
+    on_refresh: OnRefresh = "keep"
     decay_first: bool = False
 
     @property
     def needs(self) -> Needs:
         return Needs(self.lift.needs_gradient, self.decay_first)
 
-    def init(self, weight: Tensor, seed: int) -> State:
-        state: State = {"step": 0, "seed": seed}
-        self.projector.init(state, weight)
-        self.rule.init(state, self.projector.down(weight, state))
+    def init(self, weight: Tensor, place: Place) -> State:
+        state: State = {"step": 0, "seed": place.seed}
+        self.projector.init(state, weight, place)
+        if self.on_refresh == "reset":
+            state["since"] = 0
+        self.rule.init(state, self.projector.down(weight, state), place)
         self.lift.init(state, weight)
+        self.refresh_when.init(state, place)
         return state
 
     def refresh(self, grad: Tensor, state: State) -> None:
-        if self.refresh_when.due(number(state, "step")):
-            self.projector.refresh(grad, state)
+        if not self.refresh_when.due(state):
+            return
+        if self.on_refresh == "rotate":
+            old = self.projector.basis(state).clone()
+        self.projector.refresh(grad, state)
+        if self.on_refresh == "reset":
+            self.rule.reset(state)
+            state["since"] = number(state, "step")
+        if self.on_refresh == "rotate" and number(state, "step"):
+            new = self.projector.basis(state)
+            self.rule.rotate(state, new.T @ old, bool(state["right"]))
+        self.refresh_when.refreshed(state)
 
     def compress(self, grad: Tensor, state: State) -> Tensor:
         return grad if self.lift.needs_gradient else self.projector.down(grad, state)
 
-    def update(self, kept: Tensor, state: State) -> Rows:
+    def update(self, kept: Tensor, state: State) -> Step | None:
         state["step"] = number(state, "step") + 1
         low = self.projector.down(kept, state) if self.lift.needs_gradient else kept
-        # Rules work in place; a lift that looks at the gradient still wants the projection.
-        source = low.clone() if self.lift.needs_gradient else low
-        direction, factor = self.rule.direction(source, state)
+        direction, factor = whole(self.rule, low, state)
         return self.lift(kept, low, direction, factor, self.projector, state)

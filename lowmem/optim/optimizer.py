@@ -12,8 +12,10 @@
 Weights change only in `apply`. Sums over micro-batches are float32.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +24,19 @@ from lowmem.config.schema import UpdateMode
 from lowmem.errors import CheckpointError
 from lowmem.naming import seed_of
 from lowmem.optim.formats import State
-from lowmem.optim.method import Method
-from lowmem.optim.weights import write
+from lowmem.optim.method import Method, Reallocating
+from lowmem.optim.place import Place
+from lowmem.optim.weights import Weight, like, write
 from lowmem.phases import phase
+
+SUMMED = ("kept_bases",)  # of the diagnostics: counts
 
 
 @dataclass
 class Slot:
     """One parameter with its method, its state and what is kept of its gradient."""
 
-    weight: Tensor
+    weight: Tensor | Any  # a GroupedWeight where one was added
     method: Method
     weight_decay: float
     state: State
@@ -53,12 +58,22 @@ class Optimizer:
     _micro_batches: int = 1
     _squares: list[Tensor] = field(default_factory=list)
     _coefficient: Tensor | None = None
+    _held_only: Collection[str] | None = None
 
-    def add(self, name: str, weight: Tensor, method: Method, weight_decay: float) -> None:
-        """Take charge of a weight and allocate all its state."""
+    def add(
+        self,
+        name: str,
+        weight: Weight,
+        method: Method,
+        weight_decay: float,
+        place: Place = Place(),  # noqa: B008 - frozen
+    ) -> None:
+        """Take charge of a weight and allocate all its state. The seeds of `place` are ours."""
+        weight = weight.detach() if isinstance(weight, Tensor) else weight
         with torch.no_grad():
-            state = method.init(weight.detach(), seed_of(self.seed, name))
-        self.slots[name] = Slot(weight.detach(), method, weight_decay, state)
+            own = replace(place, seed=seed_of(self.seed, name), run_seed=self.seed)
+            state = method.init(like(weight), own)
+        self.slots[name] = Slot(weight, method, weight_decay, state)
 
     def attach(self, model: nn.Module) -> None:
         """Receive the model's gradients as they appear in backward.
@@ -87,11 +102,19 @@ class Optimizer:
         self.updates += 1
         self._squares.clear()
         self._coefficient = None
+        for slot in self.slots.values():
+            if isinstance(slot.method, Reallocating):
+                slot.method.release(slot.state)
 
     @torch.no_grad()
     def receive(self, name: str, grad: Tensor) -> None:
         """Take over the gradient of one micro-batch; the caller must not use it any more."""
         slot = self.slots[name]
+        if self._held_only is not None:
+            if name in self._held_only:
+                with phase("hold"):
+                    self._hold(slot, grad)
+            return
         if self.mode != "unfused":
             if slot.kept is None:  # the first micro-batch decides the subspace
                 with phase("refresh"):
@@ -104,6 +127,18 @@ class Optimizer:
             self._hold(slot, grad)
         if self.mode == "fused":
             self.apply(name)
+
+    @contextmanager
+    def holding(self, names: Collection[str]) -> Iterator[None]:
+        """Inside, gradients of these weights are summed in `Slot.kept`; all others are dropped.
+
+        For passes that are no update (`curvature.py`); who begins one takes the sums out again.
+        """
+        self._held_only = names
+        try:
+            yield
+        finally:
+            self._held_only = None
 
     def _hold(self, slot: Slot, piece: Tensor) -> None:
         if slot.kept is not None:
@@ -145,10 +180,12 @@ class Optimizer:
                 with phase("refresh"):
                     slot.method.refresh(kept, slot.state)
                 kept = slot.method.compress(kept, slot.state)
-            rows = slot.method.update(kept, slot.state)
+            step = slot.method.update(kept, slot.state)
+            if step is None:
+                return
             write(
                 slot.weight,
-                rows,
+                step,
                 lr=self.lr,
                 weight_decay=slot.weight_decay,
                 decay_first=slot.method.needs.decay_first,
@@ -160,6 +197,20 @@ class Optimizer:
         for name, slot in self.slots.items():
             if slot.kept is not None:
                 self.apply(name)
+
+    def diagnostics(self) -> dict[str, float]:
+        """What methods note of themselves, over all weights: kept_bases summed, others averaged.
+
+        Waits for the device.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for key, value in self.state_tensors():
+            _, logged, what = key.rpartition("/log.")
+            if logged:
+                found.setdefault(what, []).append(value)
+        together = {what: torch.stack(values) for what, values in found.items()}
+        figures = [v.sum() if what in SUMMED else v.mean() for what, v in together.items()]
+        return dict(zip(together, torch.stack(figures).tolist(), strict=True)) if figures else {}
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """("<parameter>/<state key>", tensor) of everything that varies."""
@@ -183,6 +234,9 @@ class Optimizer:
         updates: int,
     ) -> None:
         """Put a saved state back, strictly: CheckpointError names what is missing or foreign."""
+        for name, slot in self.slots.items():
+            if isinstance(slot.method, Reallocating):
+                slot.method.reallocate(like(slot.weight), slot.state, numbers.get(name, {}))
         own = dict(self.state_tensors())
         for key, value in tensors:
             mine = own.pop(key, None)

@@ -1,19 +1,22 @@
 """The gradients of one update: what both training and its rehearsal run."""
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from lowmem.optim.curvature import LossModel, MicroBatches, estimate_curvature, weights_due
 from lowmem.optim.optimizer import Optimizer
 
-MicroBatches = Iterable[tuple[Tensor, Tensor]]
-"""(inputs, targets), each (b, t) int64 on the model's device."""
 
+@dataclass(frozen=True)
+class MadeAnew(Iterable[tuple[Tensor, Tensor]]):
+    """Micro-batches that are made each time they are read, so that only one is in memory."""
 
-class LossModel(Protocol):
-    def loss(self, inputs: Tensor, targets: Tensor, total_tokens: int) -> Tensor:
-        """Sum of token losses / total_tokens, so that micro-batches add up to the mean."""
+    make: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.make()
 
 
 def gather(
@@ -29,9 +32,15 @@ def gather(
     """(mean loss per token, gradient norm before clipping), 0-dim, on the model's device.
 
     count: micro-batches; tokens: targets of the whole update. The gradients are in the optimizer,
-    and `optimizer.step()` is next; in `fused` mode the weights have already moved.
+    and `optimizer.step()` is next; in `fused` mode the weights have already moved. Micro-batches
+    are read more than once where a method is due an estimate of the curvature: a mere iterator is
+    then copied to a list.
     """
     optimizer.begin(lr, count)
+    if weights_due(optimizer):
+        if isinstance(micro_batches, Iterator):
+            micro_batches = list(micro_batches)
+        estimate_curvature(model, optimizer, micro_batches, tokens)
     total: Tensor | None = None
     for inputs, targets in micro_batches:
         loss = model.loss(inputs, targets, tokens)

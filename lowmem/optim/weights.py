@@ -1,30 +1,166 @@
-"""Write a step into a weight: decay, and stochastic rounding where the weight is bfloat16."""
+"""Write a step into a weight: decay, and stochastic rounding where the weight is not float32.
+
+    write(weight, step, lr=0.01, ...)                    a float32 or bfloat16 tensor
+    write(GroupedWeight.of(weight), step, lr=0.01, ...)  8-bit codes, without any other copy
+
+The arithmetic is float32 in all of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowmem.kernels.blockwise import BLOCK
+from lowmem.kernels.groupwise import Noise, dequantize, quantize, uniform
 from lowmem.kernels.rounding import stochastic_round
 from lowmem.kernels.slices import row_slices
-from lowmem.optim.projectors import Rows
+
+Step = Callable[[Tensor, int, int, float], None]
+"""step(rows, start, stop, alpha): add alpha * direction[start:stop] to these float32 rows of the
+weight. Called once for every group of rows, from the first to the last; start * row length is a
+multiple of 256. The whole direction need never be in memory."""
+
+_BITS = 8
+
+
+@dataclass
+class GroupedWeight:
+    """A weight of which only 8-bit codes exist, with a scale and a zero point per group.
+
+    codes: uint8, contiguous, of the weight's shape. scales, zeros: float32, one per `group`
+    consecutive elements. dtype: of its gradients. noise: of stochastic rounding; None rounds to
+    nearest, which drops steps below half a code. span_zero: see `kernels/groupwise.py`.
+
+    Source: Zhang et al. 2024 (Q-GaLore), arXiv:2407.08296, section 3.4.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group: int = 256
+    dtype: torch.dtype = torch.bfloat16
+    noise: Noise | None = uniform
+    span_zero: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        group: int = 256,
+        noise: Noise | None = uniform,
+        span_zero: bool = True,
+    ) -> "GroupedWeight":
+        """The codes nearest to a weight, whose dtype its gradients will have."""
+        exact = weight.detach().float().contiguous()
+        found = quantize(exact, _BITS, group, None, span_zero)
+        return cls(*found, group, weight.dtype, noise, span_zero)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    def values(self) -> Tensor:
+        """What the codes stand for, float32."""
+        return dequantize(self.codes, self.scales, self.zeros, self.group)
+
+
+Weight = Tensor | GroupedWeight
+
+
+def like(weight: Weight) -> Tensor:
+    """A tensor with the weight's shape and device and its gradients' dtype; its values are void."""
+    if isinstance(weight, Tensor):
+        return weight
+    return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+RowGroups = Iterator[tuple[Tensor, int, int]]
+"""(rows, start, stop) from the first rows to the last: float32, not to be changed."""
+
+
+@dataclass(frozen=True)
+class DependentStep:
+    """A Step that depends on the weight itself, before decay: `look` sees all of it first."""
+
+    look: Callable[[RowGroups], None]
+    step: Step
+
+    def __call__(self, rows: Tensor, start: int, stop: int, alpha: float) -> None:
+        self.step(rows, start, stop, alpha)
+
+
+def row_groups(weight: Weight) -> RowGroups:
+    """The weight's values, in the groups in which it is written."""
+    if isinstance(weight, Tensor):
+        for start, stop in row_slices(weight):
+            yield weight[start:stop].float(), start, stop
+        return
+    width = weight.numel() // max(1, weight.shape[0])
+    for start, stop in row_slices(weight.codes, math.lcm(BLOCK, weight.group)):
+        groups = slice(start * width // weight.group, -(-stop * width // weight.group))
+        scales, zeros = weight.scales[groups], weight.zeros[groups]
+        yield dequantize(weight.codes[start:stop], scales, zeros, weight.group), start, stop
 
 
 def write(
-    weight: Tensor, rows: Rows, *, lr: float, weight_decay: float, decay_first: bool, seed: int
+    weight: Weight, step: Step, *, lr: float, weight_decay: float, decay_first: bool, seed: int
 ) -> None:
     """weight <- weight - lr * direction, with decoupled decay before or after; in place.
 
-    rows(start, stop) gives rows of the direction. seed: of this weight's rounding in this update.
-    The arithmetic is float32 whatever the weight's format; no full-size temporary appears.
+    seed: of this weight's rounding in this update. The arithmetic is float32 whatever the weight's
+    format; no full-size temporary appears.
     """
-    keep = 1.0 - lr * weight_decay
+    decay = lr * weight_decay
+    if isinstance(step, DependentStep):
+        step.look(row_groups(weight))
+
+    def moved(exact: Tensor, start: int, stop: int) -> Tensor:
+        # Not times 1 - decay: in float32 that rounds away the digits of a small decay.
+        if decay_first and decay:
+            exact.add_(exact, alpha=-decay)
+        step(exact, start, stop, -lr)
+        if not decay_first and decay:
+            exact.add_(exact, alpha=-decay)
+        return exact
+
+    if isinstance(weight, GroupedWeight):
+        _write_codes(weight, moved, seed)
+    else:
+        _write_floats(weight, moved, seed)
+
+
+Moved = Callable[[Tensor, int, int], Tensor]
+
+
+def _write_floats(weight: Tensor, moved: Moved, seed: int) -> None:
     width = weight.numel() // max(1, weight.shape[0])
     for start, stop in row_slices(weight):
         target = weight[start:stop]
         exact = target if target.dtype == torch.float32 else target.float()
-        if decay_first and keep != 1.0:
-            exact.mul_(keep)
-        exact.add_(rows(start, stop), alpha=-lr)
-        if not decay_first and keep != 1.0:
-            exact.mul_(keep)
+        moved(exact, start, stop)
         if exact is not target:
             target.copy_(stochastic_round(exact, seed, start * width))
+
+
+def _write_codes(weight: GroupedWeight, moved: Moved, seed: int) -> None:
+    """Row group by row group: whole blocks of the moments and whole groups of the codes."""
+    width = weight.numel() // max(1, weight.shape[0])
+    for start, stop in row_slices(weight.codes, math.lcm(BLOCK, weight.group)):
+        codes = weight.codes[start:stop]
+        groups = slice(start * width // weight.group, -(-stop * width // weight.group))
+        exact = dequantize(codes, weight.scales[groups], weight.zeros[groups], weight.group)
+        moved(exact, start, stop)
+        noise = weight.noise and weight.noise(exact.numel(), seed, start * width, exact.device)
+        found = quantize(exact, _BITS, weight.group, noise, weight.span_zero)
+        codes.copy_(found.codes)
+        weight.scales[groups], weight.zeros[groups] = found.scales, found.zeros

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lowmem.config.schema import UpdateMode
-from lowmem.optim.assign import takes_rank
-from lowmem.planner.job import Job
+from lowmem.optim.methods import method_spec
+from lowmem.planner.candidates import curvatures, sums_projected
+from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Choice, Fix, Memory
 
 MOST = 4
@@ -26,26 +27,30 @@ def _variations(job: Job, choice: Choice) -> Iterator[tuple[str, Choice]]:
     """(flags, choice with that one change); what the user fixed otherwise stays as it is."""
     train = job.config.train
     subspace: UpdateMode = "fused+subspace"
-    mode = subspace if choice.update == "unfused" and train.update == "auto" else choice.update
+    asked = curvatures(kind_of(choice), job.config.optimizer)  # these take no other mode
+    free = choice.update == "unfused" and train.update == "auto" and not asked
+    mode = subspace if free else choice.update
     rank = max(4, job.model.hidden_size // 8)
-    small = replace(choice, method="galore", rank=rank, states="8bit", update=mode)
-    if choice.method != "galore":
-        yield f"--method galore --rank {rank} --states 8bit", small
+    if choice.rank is None:
+        small = replace(choice, method="galore", rank=rank, states="8bit", update=mode)
+        if set(job.config.optimizer.options) <= set(method_spec("galore").arguments):
+            yield f"--method galore --rank {rank} --states 8bit", small
     elif isinstance(choice.rank, int) and choice.rank > 8:
         yield f"--rank {choice.rank // 2}", replace(choice, rank=choice.rank // 2)
     if choice.method == "adamw":
         yield "--method adam8bit", replace(choice, method="adam8bit", states="8bit")
-    elif choice.states != "8bit":
+    elif choice.states != "8bit" and "8bit" in method_spec(choice.method).states:
         yield "--states 8bit", replace(choice, states="8bit")
-    if choice.update == "unfused" and takes_rank(choice.method):
+    summed = not asked and sums_projected(kind_of(choice), job.config.optimizer)
+    if choice.update == "unfused" and summed:
         yield f"--update {subspace}", replace(choice, update=subspace)
     if choice.recompute != "full":
         yield "--recompute full", replace(choice, recompute="full")
     if choice.micro_batch > 1 and choice.update != "fused":
         yield "--micro-batch 1", replace(choice, micro_batch=1, accumulate=job.rows)
-    if job.rows > 1 and train.micro_batch == "auto":
+    if job.rows > 1 and train.micro_batch == "auto" and not asked:
         yield "--batch 1seq --update fused --clip off", _single(choice)
-    if choice.weights == "fp32" and train.device == "cuda":
+    if choice.weights == "fp32" and train.device == "cuda" and "hutchinson" not in asked:
         yield "--weights bf16", replace(choice, weights="bf16")
 
 

@@ -13,7 +13,7 @@ import torch
 
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
-from lowmem.config.schema import Config, Level, ModelConfig, UpdateMode, settled
+from lowmem.config.schema import Config, Level, ModelConfig, OptimizerConfig, UpdateMode, settled
 from lowmem.errors import ConfigError
 from lowmem.kernels.attention import choose_backend
 from lowmem.model.llama import Llama
@@ -97,17 +97,22 @@ class Job:
         llama = Llama(model, dtype=DTYPES[choice.weights], device="meta", attention=self.attention)
         weights = dict(llama.named_parameters())
         optimizer = build_optimizer(
-            kind_of(choice).optimizer(self.config.optimizer),
+            self._optimizer(choice),
             weights,
             llama.roles(),
             mode=choice.update,
             seed=0,
+            head_dim=model.head_dim,
         )
         total = sum(_rounded(weight.nbytes) for weight in weights.values())
         total += sum(_rounded(value.nbytes) for _, value in optimizer.state_tensors())
         if choice.accumulate > 1:
             total += sum(_rounded(4 * count) for count in _held(optimizer, choice.update))
         return total + self.workspace
+
+    def _optimizer(self, choice: Choice) -> OptimizerConfig:
+        """What is rehearsed is what will be trained: the sheet's settings included."""
+        return kind_of(choice).optimizer(self.config.optimizer, self.model.parameters)
 
     def peak(self, choice: Choice) -> int:
         """Estimated bytes that the allocator will have reserved at the peak.
@@ -137,7 +142,7 @@ class Job:
     def _rehearsal(self, choice: Choice, blocks: int | None = None) -> Rehearsal:
         return rehearse(
             self.model,
-            kind_of(choice).optimizer(self.config.optimizer),
+            self._optimizer(choice),
             choice,
             self.seq_len,
             attention=self.attention,

@@ -22,10 +22,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lowmem.config.schema import ModelConfig, OptimizerConfig
 from lowmem.kernels.blockwise import lookup_tables
+from lowmem.kernels.random_normal import lookup_table
+from lowmem.kernels.slices import rehearsing
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.optimizer import Optimizer
-from lowmem.optim.step import gather
+from lowmem.optim.step import MadeAnew, gather
 from lowmem.phases import current_phase
 from lowmem.planner.plan import Choice
 
@@ -224,12 +226,14 @@ def rehearse(
         model, dtype=weights, device="meta", recompute=choice.recompute, attention=attention
     )
     parameters = dict(llama.named_parameters())
-    owner = build_optimizer(optimizer, parameters, llama.roles(), mode=choice.update, seed=0)
+    owner = build_optimizer(
+        optimizer, parameters, llama.roles(), mode=choice.update, seed=0, head_dim=model.head_dim
+    )
     owner.attach(llama)
     track_persistent(tracker, llama, owner)
     if workspace:
         tracker.track([torch.empty(workspace, dtype=torch.uint8, device="meta")], "workspace")
-    with tracker:
+    with tracker, rehearsing("cpu" if attention == "cpu" else "cuda"):
         for _ in range(updates):
             _update(llama, owner, choice, seq_len)
         inputs, targets = _batch(choice.micro_batch, seq_len)
@@ -246,6 +250,8 @@ def track_persistent(tracker: LiveBytes, model: Llama, optimizer: Optimizer) -> 
         tracker.track([value], "projections" if key.endswith("/basis") else "states")
         if key.endswith(".codes"):
             tracker.track(lookup_tables(str(value.device)), "states")
+        if key.endswith("/basis"):
+            tracker.track([lookup_table(str(value.device))], "projections")
 
 
 def _update(model: Llama, optimizer: Optimizer, choice: Choice, seq_len: int) -> None:
@@ -253,7 +259,7 @@ def _update(model: Llama, optimizer: Optimizer, choice: Choice, seq_len: int) ->
     gather(
         model,
         optimizer,
-        (_batch(choice.micro_batch, seq_len) for _ in range(count)),
+        MadeAnew(lambda: (_batch(choice.micro_batch, seq_len) for _ in range(count))),
         count=count,
         tokens=1,
         lr=0.0,

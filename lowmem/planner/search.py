@@ -5,12 +5,22 @@ rejects most of what cannot fit; the rest is estimated (`job.py`). The winner is
 and if that says more than was expected the search learns it and looks again.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from lowmem.config.schema import Config, Level, ModelConfig, UpdateMode, settled
-from lowmem.optim.assign import learning_rate, takes_rank
-from lowmem.optim.methods import method_spec
-from lowmem.planner.candidates import Kind, kinds, levels, modes
+from lowmem.optim.assign import learning_rate
+from lowmem.optim.methods import METHODS, method_spec
+from lowmem.optim.methods.third_party import package_of, refused
+from lowmem.planner.candidates import (
+    Kind,
+    kinds,
+    levels,
+    modes,
+    sheet_settings,
+    sums_projected,
+)
 from lowmem.planner.fixes import fixes
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Candidate, Card, Choice, Memory, Plan
@@ -37,7 +47,7 @@ def make_plan(config: Config, card: Card, notes: list[str]) -> Plan:
         job.learn(choice, memory)  # and look again, at this choice's neighbours
     rows = [_exact(row, memory, card) if row.choice == choice else row for row in rows]
     filled = _filled(config, choice, job.model)
-    plan = Plan(filled, card, choice, memory, rows, [], [*notes, *_said(config, filled)])
+    plan = Plan(filled, card, choice, memory, rows, [], [*notes, *_said(config, filled, job.model)])
     return plan if plan.fits else replace(plan, fixes=list(fixes(job, choice, memory)))
 
 
@@ -105,7 +115,7 @@ def _too_large(job: Job, least: Choice, room: int) -> Candidate:
 def _beside(job: Job, kind: Kind, chosen: Choice, room: int) -> Candidate:
     """A kind that comes after the choice, with the choice's settings."""
     mode = chosen.update
-    if mode == "fused+subspace" and not takes_rank(kind.method):
+    if mode == "fused+subspace" and not sums_projected(kind, job.config.optimizer):
         mode = "unfused"
     settings = job.choice(kind, mode, chosen.recompute, chosen.micro_batch)
     peak = job.peak(settings)
@@ -172,7 +182,7 @@ def _largest_micro_batch(
 def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
     """The configuration with everything that the planner chose written down."""
     kind = kind_of(choice)
-    optimizer = kind.optimizer(config.optimizer)
+    optimizer = kind.optimizer(config.optimizer, model.parameters)
     optimizer = optimizer.model_copy(update={"lr": learning_rate(optimizer, model.parameters)})
     train = config.train.model_copy(
         update={
@@ -185,15 +195,28 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
     return config.model_copy(update={"optimizer": optimizer, "train": train})
 
 
-def _said(config: Config, filled: Config) -> list[str]:
+def _said(config: Config, filled: Config, model: ModelConfig) -> list[str]:
     """What nobody gave and memory does not decide: rate, clipping, the method's own arguments."""
-    spec = method_spec(filled.optimizer.method)
-    said = []
+    method = filled.optimizer.method
+    spec = method_spec(method)
+    size = spec.recipe_size(model.parameters)
+    recipe = f"the sheet of {method} ({'for all sizes' if size == 'any' else f'{size} recipe'})"
+    said = [
+        f"method {method}: lowmem's own; the one of {package_of(entry)} is refused"
+        for entry in refused(METHODS)
+        if entry.name == method in METHODS
+    ]
     if config.optimizer.lr == "auto":
-        said.append(f"lr {filled.optimizer.lr:g}: {spec.source}")
+        said.append(f"lr {filled.optimizer.lr:g}: from {recipe}, {spec.source}")
     if config.train.clip == "auto":
         why = "fused updates cannot be clipped" if filled.train.clip == "off" else "the usual limit"
         said.append(f"clip {filled.train.clip}: {why}")
-    given = {"rank", "states", *config.optimizer.options}
-    own = [f"{k} {v}" for k, v in spec.arguments.items() if k not in given and v is not None]
-    return [*said, f"{', '.join(own)}: from the sheet of {filled.optimizer.method}"]
+    sheet = sheet_settings(method, model.parameters, config.optimizer.options)
+    own = {k: v for k, v in spec.arguments.items() if v is not None}
+    rest = {k: v for k, v in own.items() if k not in ("rank", "states", *filled.optimizer.options)}
+    said += [f"{_words(sheet)}: from {recipe}"] if sheet else []
+    return [*said, *([f"{_words(rest)}: defaults of {method}"] if rest else [])]
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())

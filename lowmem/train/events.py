@@ -1,6 +1,7 @@
 """What a run reports: small records, handed to a function; nothing here prints.
 
-`metrics.jsonl` holds one object per `Trained` and `Evaluated`, `events.jsonl` all the others.
+`metrics.jsonl` holds one object per `Trained`, `Evaluated` and `Diagnosed`, `events.jsonl` all the
+others.
 """
 
 import math
@@ -18,6 +19,23 @@ class Started:
     tokens_per_update: int
     folder: str
     resumed_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that are updated alike. elements: of all of them. method: what it is composed of."""
+
+    roles: str
+    weights: int
+    elements: int
+    method: str
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Which weights have which method."""
+
+    groups: list[Group]
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,17 @@ class Evaluated:
     eval_loss: float
     eval_tokens: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Diagnosed:
+    """What the methods note of themselves after `update` (0-based), over all weights.
+
+    kept_bases is a sum, the others are means; None is no number.
+    """
+
+    update: int
+    diagnostics: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -81,8 +110,8 @@ class Finished:
     checkpoint: str
 
 
-Metric = Trained | Evaluated
-Event = Metric | Started | Saved | Measured | Stopping | Finished
+Metric = Trained | Evaluated | Diagnosed
+Event = Metric | Started | Assigned | Saved | Measured | Stopping | Finished
 Report = Callable[[Event], None]
 
 

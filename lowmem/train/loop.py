@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +21,10 @@ from lowmem.kernels.attention import choose_backend
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.optimizer import Optimizer
-from lowmem.optim.step import gather
+from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Plan
 from lowmem.planner.rehearse import DTYPES
-from lowmem.train import checkpoint
+from lowmem.train import checkpoint, diagnose
 from lowmem.train.checkpoint import Position
 from lowmem.train.evaluate import evaluate, validation_of
 from lowmem.train.events import (
@@ -58,6 +59,7 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
     updates, rows = settled(config.train.updates), settled(config.train.micro_batch)
     clip = config.train.clip if isinstance(config.train.clip, float) else None
     report(_started(run, batches, at))
+    report(diagnose.assigned(optimizer, model.roles()))
 
     with stop_requests() as stop, told_out_of_memory():
         for update in range(at.update, updates):
@@ -70,7 +72,7 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
                 loss, norm = gather(
                     model,
                     optimizer,
-                    _on_device(micro_batches, model.head_weight.device),
+                    MadeAnew(partial(_on_device, micro_batches, model.head_weight.device)),
                     count=len(micro_batches),
                     tokens=batch.tokens,
                     lr=lr,
@@ -80,7 +82,12 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
                 optimizer.step()
             at = Position(update + 1, at.tokens + batch.tokens)
             report(_trained(update, loss, norm, optimizer, at, batch, started))
-            if _due(config.evaluate.every, at.update, updates):
+            evaluating = _due(config.evaluate.every, at.update, updates)
+            if evaluating or at.update % diagnose.EVERY == 0:
+                figures = diagnose.diagnosed(update, optimizer)
+                if figures is not None:
+                    report(figures)
+            if evaluating:
                 report(_evaluated(update, model, validation, config))
             stopping = bool(stop) and at.update < updates
             if stopping:
@@ -130,6 +137,7 @@ def build(config: Config) -> tuple[Llama, Optimizer]:
         model.roles(),
         mode=settled(config.train.update),
         seed=config.train.seed,
+        head_dim=model.config.head_dim,
     )
     optimizer.attach(model)
     if config.train.device == "cuda":

@@ -1,7 +1,18 @@
 """Events as lines of text, with a clock that the test turns."""
 
 from lowmem.cli.lines import EventLines, heading
-from lowmem.train.events import Evaluated, Finished, Measured, Saved, Started, Stopping, Trained
+from lowmem.train.events import (
+    Assigned,
+    Diagnosed,
+    Evaluated,
+    Finished,
+    Group,
+    Measured,
+    Saved,
+    Started,
+    Stopping,
+    Trained,
+)
 from lowmem.units import GIB
 
 
@@ -77,3 +88,26 @@ def test_a_continued_run_says_where_it_continues() -> None:
     (line,) = lines_at(Clock()).of(Started(40, 100, 1000, "runs/a", "step-000040"))
     assert "update 41 of 100 from step-000040" in line
     assert "100 updates done" in lines_at(Clock()).of(Finished(100, 2.0, 7.0, 9, 9.0, "x"))[0]
+
+
+def test_the_start_tells_how_much_each_method_updates() -> None:
+    """An unprojected model must not go unnoticed."""
+    groups = [Group("attention, mlp", 14, 300_000, "Projected: SVD(rank=4), Adam()")]
+    groups += [Group("embedding, head, norm", 7, 100_000, "Dense: Adam()")]
+    lines = [line[18:] for line in lines_at(Clock()).of(Assigned(groups))]
+    assert lines == [
+        "attention, mlp: 14 weights, 300.0 k of 400.0 k elements",
+        "  Projected: SVD(rank=4), Adam()",
+        "embedding, head, norm: 7 weights, 100.0 k of 400.0 k elements",
+        "  Dense: Adam()",
+    ]
+
+
+def test_failed_decompositions_are_told_once_each() -> None:
+    lines = lines_at(Clock())
+    counts = [0.0, 2.0, 2.0, None, 3.0]
+    told = [lines.of(Diagnosed(49, {"energy": 0.5, "kept_bases": count})) for count in counts]
+    assert [len(each) for each in told] == [0, 1, 0, 0, 1]
+    assert "50 2 decompositions failed so far" in told[1][0]
+    assert "3 decompositions" in told[4][0]
+    assert lines.of(Diagnosed(59, {"alignment": 0.5})) == []

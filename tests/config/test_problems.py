@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowmem.config.problems import allowed, known_keys, schema_of, unknown_key
+from lowmem.config.problems import Schema, allowed, known_keys, schema_of, unknown_key
 
 
 @pytest.mark.parametrize("key", known_keys())
@@ -52,3 +52,18 @@ def test_the_key_that_was_meant_is_found(key: str, hint: str) -> None:
 def test_no_hint_is_better_than_a_wrong_one() -> None:
     assert unknown_key("qqqqqq") == "unknown key"
     assert unknown_key("model.zzzz") == "unknown key"
+
+
+@pytest.mark.parametrize(
+    ("schema", "sentence"),
+    [
+        (
+            {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}]},
+            "[a whole number, text]",
+        ),
+        ({"type": "array", "items": {"type": "number"}}, "a list"),
+        ({"anyOf": [{"type": "number"}, {"type": "null"}]}, "a number"),
+    ],
+)
+def test_arguments_of_methods_have_sentences_too(schema: Schema, sentence: str) -> None:
+    assert allowed(schema) == sentence

@@ -4,19 +4,20 @@ import pytest
 import torch
 
 from lowmem.optim.formats import State, format_named, tensor
-from lowmem.optim.rules import Adam
+from lowmem.optim.place import Place
+from lowmem.optim.rules import Adam, whole
 
 
 def moments_after_quiet(states: str, updates: int = 3000) -> torch.Tensor:
     """Second moment after the gradient's variance dropped a hundredfold."""
     rule = Adam(format=format_named(states, min_elements=0))
     state: State = {"step": 0, "seed": 1}
-    rule.init(state, torch.zeros(1024))
+    rule.init(state, torch.zeros(1024), Place())
     generator = torch.Generator().manual_seed(2)
     for k in range(1, updates + 1):
         state["step"] = k
         size = 1.0 if k < 500 else 0.1
-        rule.direction(size * torch.randn(1024, generator=generator), state)
+        whole(rule, size * torch.randn(1024, generator=generator), state)
     return rule.format.load(state, "exp_avg_sq", slice(0, 1024))
 
 
@@ -34,8 +35,8 @@ def test_an_8bit_second_moment_is_never_zero_for_a_seen_gradient() -> None:
     for floor, zeros in ((True, 0), (False, 255)):
         rule = Adam(format=format_named("8bit", min_elements=0, floor_codes=floor))
         state: State = {"step": 1, "seed": 0}
-        rule.init(state, gradient)
-        rule.direction(gradient.clone(), state)
+        rule.init(state, gradient, Place())
+        whole(rule, gradient, state)
         stored = rule.format.load(state, "exp_avg_sq", slice(0, 256))
         assert (stored == 0).sum() == zeros
 

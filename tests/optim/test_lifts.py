@@ -7,7 +7,9 @@ import torch
 
 from lowmem.optim.formats import State, tensor
 from lowmem.optim.lifts import ProjectBack
+from lowmem.optim.place import Place
 from lowmem.optim.projectors import SVD
+from tests.optim.steps import full, part
 
 SHAPES = [(9, 4), (4, 9), (6, 6), (1, 5), (5, 1)]
 
@@ -17,20 +19,21 @@ SHAPES = [(9, 4), (4, 9), (6, 6), (1, 5), (5, 1)]
 def test_project_back_is_the_scaled_product(shape: tuple[int, int], side: Any) -> None:
     generator = torch.Generator().manual_seed(4)
     gradient = torch.randn(shape, generator=generator)
-    projector, lift, state = SVD(3, side), ProjectBack(0.25), State()
-    projector.init(state, gradient)
+    projector, lift = SVD(3, side), ProjectBack(0.25)
+    state: State = {"step": 0, "seed": 1}
+    projector.init(state, gradient, Place())
     projector.refresh(gradient, state)
     low = projector.down(gradient, state)
     direction = torch.randn(low.shape, generator=generator)
     basis = tensor(state, "basis").double()
     product = direction.double() @ basis.T if state["right"] else basis @ direction.double()
-    rows = lift(low, low, direction.clone(), 1.6, projector, state)
+    step = lift(low, low, direction.clone(), 1.6, projector, state)
     expected = 0.25 * 1.6 * product
     # Sums of at most 3 products in float32.
-    torch.testing.assert_close(rows(0, shape[0]).double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(full(step, shape).double(), expected, atol=1e-6, rtol=0)
     for row in range(shape[0]):
         torch.testing.assert_close(
-            rows(row, row + 1).double(), expected[row : row + 1], atol=1e-6, rtol=0
+            part(step, shape, row, row + 1).double(), expected[row : row + 1], atol=1e-6, rtol=0
         )
 
 

@@ -1,7 +1,7 @@
 """The list of methods: complete sheets, and arguments that are checked before they are used."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from lowmem.config.schema import RestConfig
 from lowmem.errors import ConfigError
-from lowmem.optim.method import Dense, Projected
+from lowmem.optim.method import ByRole, Dense, Projected
 from lowmem.optim.methods import METHODS, MethodSpec, build_method, method_spec
+from lowmem.optim.methods.spec import sheet_problem
 from lowmem.optim.rules import Adam
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -22,12 +23,10 @@ def test_a_sheet_is_complete(name: str) -> None:
     assert spec.summary.endswith(".")
     assert "Source: " in (spec.build.__doc__ or "")
     assert spec.source
-    assert "states" in spec.arguments  # the planner varies it
-    limits, rates = zip(*spec.lr, strict=True)
-    assert list(limits) == sorted(set(limits))
-    assert limits[-1] == math.inf
-    assert all(0 < rate < 1 for rate in rates)
-    assert list(rates) == sorted(rates, reverse=True)
+    assert sheet_problem(spec) is None
+    for recipe in spec.recipes.values():
+        assert 0 < recipe["lr"] < 1
+        build_method(name, {key: value for key, value in recipe.items() if key != "lr"})
 
 
 @every_method
@@ -43,11 +42,53 @@ def test_no_argument_is_hidden_by_a_setting_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "rate"), [(1, 0.5), (1000, 0.5), (1001, 0.25), (10**13, 0.25)]
+    ("parameters", "size"),
+    [(1, "60m"), (58e6, "60m"), (1e9, "1b"), (3.0e9, "1b"), (3.01e9, "7b"), (1e13, "7b")],
 )
-def test_the_rate_depends_on_the_size_of_the_model(parameters: int, rate: float) -> None:
-    spec = MethodSpec(lambda: Dense(Adam()), ((1000, 0.5), (math.inf, 0.25)), "")
-    assert spec.learning_rate(parameters) == rate
+def test_the_recipe_is_that_of_the_nearest_size(parameters: float, size: str) -> None:
+    """Nearest by factor: 1.34 and 6.74 billion meet at their geometric mean, 3.005."""
+    recipes = {"60m": {"lr": 0.3}, "1b": {"lr": 0.2}, "7b": {"lr": 0.1}}
+    spec = MethodSpec(METHODS["adamw"].build, recipes, "")
+    assert spec.recipe_size(int(parameters)) == size
+    assert spec.recipe(int(parameters)) == recipes[size]
+    assert spec.learning_rate(int(parameters)) == recipes[size]["lr"]
+
+
+def test_one_recipe_may_serve_all_sizes() -> None:
+    spec = MethodSpec(METHODS["adamw"].build, {"any": {"lr": 0.3}}, "")
+    assert spec.recipe_size(1) == spec.recipe_size(10**13) == "any"
+
+
+def positional(lr_is_here: float = 1.0) -> ByRole:
+    return METHODS["adamw"].build()
+
+
+def hides_lr(*, lr: float = 1.0) -> ByRole:
+    return METHODS["adamw"].build()
+
+
+def no_roles(*, states: Literal["fp32"] = "fp32") -> ByRole:
+    return METHODS["adamw"].build().matrix  # type: ignore[return-value]
+
+
+ANY = {"any": {"lr": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("sheet", "problem"),
+    [
+        (print, "of type builtin_function_or_method, not a MethodSpec"),
+        (MethodSpec(positional, ANY, ""), "lr_is_here of its builder is not keyword-only"),
+        (MethodSpec(hides_lr, ANY, ""), "argument lr of its builder is a setting"),
+        (MethodSpec(METHODS["adamw"].build, {}, ""), "it has no recipe"),
+        (MethodSpec(METHODS["adamw"].build, {"2b": {"lr": 1}}, ""), "'2b' is for none of 60m"),
+        (MethodSpec(METHODS["adamw"].build, {"1b": {}}, ""), "recipe '1b' has no lr"),
+        (MethodSpec(METHODS["adamw"].build, {"1b": {"lr": 1, "gap": 2}}, ""), "sets gap, which"),
+        (MethodSpec(no_roles, ANY, ""), "returns Dense, not ByRole"),
+    ],
+)
+def test_what_is_wrong_with_a_sheet_is_told(sheet: object, problem: str) -> None:
+    assert problem in (sheet_problem(sheet) or "")
 
 
 @pytest.mark.parametrize(
@@ -107,22 +148,27 @@ def test_betas_lie_in_their_range(first: float, second: float) -> None:
             build_method("adamw", {"betas": [first, second]})
     else:
         method = build_method("adamw", {"betas": [first, second]})
-        assert isinstance(method, Dense)
-        assert isinstance(method.rule, Adam)
-        assert method.rule.betas == (first, second)
+        assert isinstance(method.matrix, Dense)
+        assert isinstance(method.matrix.rule, Adam)
+        assert method.matrix.rule.betas == (first, second)
 
 
 @pytest.mark.parametrize("states", ["fp32", "bf16", "8bit"])
 def test_galore_keeps_its_released_conventions(states: str) -> None:
     """Float states: bias of the whole step, eps 1e-6. 8-bit: bias inside, eps 1e-8, decay first."""
     method = build_method("galore", {"states": states})
-    assert isinstance(method, Projected)
-    assert isinstance(method.rule, Adam)
-    assert (method.rule.bias, method.rule.eps, method.rest.decay_first) == (
+    main, other = projected(method), method.other
+    assert isinstance(main.rule, Adam)
+    assert isinstance(other, Dense)
+    assert (main.rule.bias, main.rule.eps, other.decay_first) == (
         ("inside", 1e-8, True) if states == "8bit" else ("step", 1e-6, False)
     )
-    assert method.rest.rule == method.rule
-    chosen = build_method("galore", {"states": states, "eps": 1e-4})
-    assert isinstance(chosen, Projected)
+    assert other.rule == main.rule
+    chosen = projected(build_method("galore", {"states": states, "eps": 1e-4}))
     assert isinstance(chosen.rule, Adam)
     assert chosen.rule.eps == 1e-4
+
+
+def projected(method: ByRole) -> Projected:
+    assert isinstance(method.matrix, Projected)
+    return method.matrix

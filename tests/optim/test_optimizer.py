@@ -18,7 +18,8 @@ from lowmem.optim.formats import State
 from lowmem.optim.method import Method, Needs
 from lowmem.optim.methods import build_method
 from lowmem.optim.optimizer import Optimizer
-from lowmem.optim.projectors import Rows
+from lowmem.optim.place import Place
+from lowmem.optim.weights import Step
 
 MODES = ["unfused", "fused+subspace", "fused"]
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -36,7 +37,7 @@ class Descent:
     def needs(self) -> Needs:
         return Needs(full_gradient=True, decay_first=True)
 
-    def init(self, weight: Tensor, seed: int) -> State:
+    def init(self, weight: Tensor, place: Place) -> State:
         return {"step": 0}
 
     def refresh(self, grad: Tensor, state: State) -> None:
@@ -45,9 +46,13 @@ class Descent:
     def compress(self, grad: Tensor, state: State) -> Tensor:
         return grad
 
-    def update(self, kept: Tensor, state: State) -> Rows:
+    def update(self, kept: Tensor, state: State) -> Step:
         self.kept.append(kept.clone())
-        return lambda start, stop: kept[start:stop]
+
+        def step(rows: Tensor, start: int, stop: int, alpha: float) -> None:
+            rows.add_(kept[start:stop], alpha=alpha)
+
+        return step
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,8 @@ class FirstRows(Descent):
     def compress(self, grad: Tensor, state: State) -> Tensor:
         return grad[:2].clone()
 
-    def update(self, kept: Tensor, state: State) -> Rows:
-        super().update(kept, state)
-        return lambda start, stop: torch.cat([kept, torch.zeros(4, 3)])[start:stop]
+    def update(self, kept: Tensor, state: State) -> Step:
+        return super().update(torch.cat([kept, torch.zeros(4, 3)]), state)
 
 
 class Twice(nn.Module):
@@ -90,7 +94,7 @@ def optimizer_of(model: nn.Module, mode: Any) -> Optimizer:
     for name, parameter in model.named_parameters():
         method = "galore" if parameter.ndim == 2 else "adamw"
         options = {"rank": 2, "gap": 2} if parameter.ndim == 2 else {}
-        optimizer.add(name, parameter, build_method(method, options), 0.1)
+        optimizer.add(name, parameter, build_method(method, options).matrix, 0.1)
     return optimizer
 
 
@@ -298,8 +302,8 @@ def test_rounding_differs_between_weights_and_updates() -> None:
 def filled() -> Optimizer:
     """Two weights after an update, one of them projected."""
     optimizer = Optimizer("fused", seed=1)
-    optimizer.add("m", torch.ones(6, 3), build_method("galore", {"rank": 2}), 0.0)
-    optimizer.add("v", torch.ones(5), build_method("adamw", {}), 0.0)
+    optimizer.add("m", torch.ones(6, 3), build_method("galore", {"rank": 2}).matrix, 0.0)
+    optimizer.add("v", torch.ones(5), build_method("adamw", {}).matrix, 0.0)
     optimizer.begin(0.1, 1)
     optimizer.receive("m", gradients(1)[0])
     optimizer.receive("v", torch.ones(5))
@@ -309,12 +313,13 @@ def filled() -> Optimizer:
 def test_states_are_named_by_parameter_and_key() -> None:
     optimizer = filled()
     assert [key for key, _ in optimizer.state_tensors()] == [
-        *("m/basis", "m/exp_avg", "m/exp_avg_sq"),
+        *("m/basis", "m/log.energy", "m/log.overlap", "m/log.kept_bases"),
+        *("m/exp_avg", "m/exp_avg_sq"),
         *("v/exp_avg", "v/exp_avg_sq"),
     ]
     numbers = optimizer.state_numbers()
     assert {name: set(values) for name, values in numbers.items()} == {
-        "m": {"step", "seed", "right"},
+        "m": {"step", "seed", "right", "refresh_offset"},
         "v": {"step", "seed"},
     }
     assert numbers["m"]["step"] == 1

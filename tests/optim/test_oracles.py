@@ -19,7 +19,7 @@ def test_recorded_trajectory_is_followed(path: Path) -> None:
 def test_a_wrong_learning_rate_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     oracle = follow_oracle.read_oracle(next(p for p in ORACLES if p.stem == "galore__sched_wd"))
     oracle.about["lr"][3] *= 1.01
-    assert follow_oracle.FOLLOWERS["galore"](oracle).verdict == "FAIL"
+    assert follow_oracle.FOLLOWERS["galore"](oracle).verdict.startswith("FAIL")
 
 
 def test_unknown_methods_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

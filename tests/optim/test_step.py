@@ -26,7 +26,7 @@ class Regression(nn.Module):
 
 def optimizer_of(model: Regression) -> Optimizer:
     optimizer = Optimizer("unfused", seed=0)
-    optimizer.add("weight", model.weight, build_method("adamw", {}), 0.0)
+    optimizer.add("weight", model.weight, build_method("adamw", {}).matrix, 0.0)
     optimizer.attach(model)
     return optimizer
 

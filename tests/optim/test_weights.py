@@ -9,7 +9,11 @@ from lowmem.optim.weights import write
 
 def step(weight: torch.Tensor, direction: torch.Tensor, **how: object) -> torch.Tensor:
     settings = {"lr": 0.1, "weight_decay": 0.5, "decay_first": False, "seed": 1} | how
-    write(weight, lambda start, stop: direction[start:stop], **settings)  # type: ignore[arg-type]
+
+    def add(rows: torch.Tensor, start: int, stop: int, alpha: float) -> None:
+        rows.add_(direction[start:stop], alpha=alpha)
+
+    write(weight, add, **settings)  # type: ignore[arg-type]
     return weight
 
 
@@ -28,7 +32,7 @@ def test_slicing_changes_nothing(
     weight = torch.randn(shape, generator=generator).to(dtype)
     direction = torch.randn(shape, generator=generator).to(dtype)
     whole = step(weight.clone(), direction)
-    monkeypatch.setattr(slices, "SLICE_ELEMENTS", 128)
+    monkeypatch.setattr(slices, "SLICE_ELEMENTS", {"cpu": 128})
     assert torch.equal(whole, step(weight.clone(), direction))
 
 

@@ -1,15 +1,29 @@
 """What may be varied: published order, and nothing that the user has fixed."""
 
 import itertools
+import re
+import tomllib
 from typing import Any
 
 import pytest
 
 from lowmem.config.presets import read_preset
 from lowmem.config.schema import Config
+from lowmem.config.toml import to_toml
 from lowmem.errors import ConfigError
-from lowmem.optim.methods import METHODS
-from lowmem.planner.candidates import Kind, check_fused, clip_of, kinds, levels, modes
+from lowmem.optim.assign import takes_rank
+from lowmem.optim.method import ByRole
+from lowmem.optim.methods import METHODS, MethodSpec
+from lowmem.optim.methods.galore import galore
+from lowmem.planner.candidates import (
+    Kind,
+    check_fused,
+    clip_of,
+    kinds,
+    levels,
+    modes,
+    sheet_settings,
+)
 
 MODEL = read_preset("llama-9m")  # hidden size 128
 GALORE, ADAMW = Kind("galore", 8, "fp32"), Kind("adamw", None, "fp32")
@@ -46,11 +60,14 @@ def test_small_models_have_fewer_ranks_and_no_rank_below_four() -> None:
 )
 def test_every_kind_is_what_the_user_asked_for(method: str, rank: Any, states: str) -> None:
     """Or the contradiction is told: a dense method has no rank, adam8bit no other format."""
-    contradiction = (rank != "auto" and method in ("adamw", "adam8bit")) or (
-        method == "adam8bit" and states in ("fp32", "bf16")
+    named = method != "auto"
+    contradiction = named and (
+        (rank != "auto" and not takes_rank(method))
+        or (states not in ("auto", *METHODS[method].states))
+        or (isinstance(rank, int) and isinstance(METHODS[method].arguments["rank"], float))
     )
     if contradiction:
-        with pytest.raises(ConfigError, match=r"optimizer\.(rank|states) = .* does not suit"):
+        with pytest.raises(ConfigError, match=r"optimizer\.(rank|states) .*(suit|unknown)"):
             found(method=method, rank=rank, states=states)
         return
     kinds_found = found(method=method, rank=rank, states=states)
@@ -60,7 +77,33 @@ def test_every_kind_is_what_the_user_asked_for(method: str, rank: Any, states: s
         assert method in ("auto", kind[0])
         assert rank in ("auto", kind[1])
         assert states in ("auto", kind[2])
-        assert (kind[1] is None) == (kind[0] != "galore")
+        assert (kind[1] is None) == (not takes_rank(kind[0]))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "train", "message"),
+    [
+        ({"method": "sophia"}, {"update": "fused"}, "\"fused\" with method 'sophia'"),
+        ({"method": "adahessian"}, {"update": "fused+subspace"}, "with method 'adahessian'"),
+        ({"rest": {"method": "sophia"}}, {"update": "fused+subspace"}, "with method 'sophia'"),
+        ({"method": "adahessian"}, {"weights": "bf16"}, 'train.weights = "bf16" with method'),
+    ],
+)
+def test_curvature_is_refused_where_it_cannot_be_estimated(
+    optimizer: dict[str, Any], train: dict[str, Any], message: str
+) -> None:
+    own = optimizer | {"method": optimizer.get("method", "galore")}
+    kind = Kind(own["method"], 8 if own["method"] == "galore" else None, "fp32")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        modes(config(optimizer=own, train=train), kind, 8)
+
+
+@pytest.mark.parametrize("rest", ["auto", "sophia"])
+def test_curvature_leaves_one_mode(rest: str) -> None:
+    name = "sophia" if rest == "auto" else "galore"
+    own = config(optimizer={"method": name, "rest": {"method": rest}}, train={"clip": "off"})
+    kind = Kind(name, None if rest == "auto" else 8, "fp32")
+    assert modes(own, kind, 1) == ["unfused"]
 
 
 @pytest.mark.parametrize(
@@ -78,12 +121,123 @@ def test_wrong_options_are_told_before_anything_is_tried(
         found(**optimizer)
 
 
+SHEET = MethodSpec(
+    galore,
+    {
+        "60m": {"lr": 0.1, "rank": 128, "gap": 7, "betas": (0.5, 0.6), "states": "8bit"},
+        "1b": {"lr": 0.2, "rank": 256, "gap": 9},
+    },
+    "nowhere",
+)
+
+
+@pytest.fixture
+def sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method "sheet" whose two recipes differ in everything."""
+    monkeypatch.setitem(METHODS, "sheet", SHEET)
+
+
+@pytest.mark.usefixtures("sheet")
+@pytest.mark.parametrize(
+    ("model", "ranks"),
+    [
+        ("llama-60m", [128, 64, 32, 16]),
+        ("llama-9m", [32, 16, 8, 4]),  # 128 of 512, at a hidden size of 128
+        ("llama-1b", [256, 128, 64, 32]),
+        ("llama-7b", [512, 256, 128, 64]),  # 256 of 2048, at 4096
+    ],
+)
+def test_ranks_begin_at_the_sheets_share_of_the_hidden_size(model: str, ranks: list[int]) -> None:
+    asked = config(optimizer={"method": "sheet", "states": "fp32"})
+    assert [kind.rank for kind in kinds(asked, read_preset(model))] == ranks
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        (None, [32, 16, 8, 4]),  # a quarter of the hidden size
+        (1, [1]),  # never more than the sheet says
+        (2, [2]),
+        (512, [32, 16, 8, 4]),
+        (0.5, [0.5, 0.25, 0.125, 0.0625]),
+    ],
+)
+def test_one_recipe_for_all_sizes_names_the_largest_rank(
+    rank: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"lr": 0.1} if rank is None else {"lr": 0.1, "rank": rank}
+    monkeypatch.setitem(METHODS, "sheet", MethodSpec(galore, {"any": recipe}, ""))
+    assert [kind[1] for kind in found(method="sheet", states="fp32")] == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "formats"),
+    [("adamw", ["fp32", "8bit"]), ("adam8bit", ["8bit"])],
+)
+def test_formats_are_the_methods_own_and_then_eight_bits(method: str, formats: list[str]) -> None:
+    assert [states for _, _, states in found(method=method)] == formats
+
+
+def test_a_method_without_formats_leaves_the_setting_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def plain(*, eps: float = 1e-8) -> ByRole:
+        return METHODS["adamw"].build(eps=eps)
+
+    monkeypatch.setitem(METHODS, "plain", MethodSpec(plain, {"any": {"lr": 0.1}}, ""))
+    assert found(method="plain") == [("plain", None, "own")]
+    (kind,) = kinds(config(optimizer={"method": "plain"}), MODEL)
+    assert kind.optimizer(config().optimizer, MODEL.parameters).states == "auto"
+    with pytest.raises(ConfigError, match=r"optimizer\.states is unknown to method 'plain'"):
+        found(method="plain", states="8bit")
+
+
+@pytest.mark.usefixtures("sheet")
+@pytest.mark.parametrize(
+    ("parameters", "given", "expected"),
+    [
+        (58e6, {}, {"gap": 7, "betas": [0.5, 0.6]}),  # lists: as a file would say it
+        (1e12, {}, {"gap": 9}),
+        (58e6, {"gap": 3}, {"betas": [0.5, 0.6]}),
+        (58e6, {"gap": 3, "betas": [0, 0]}, {}),
+    ],
+)
+def test_the_sheet_fills_what_the_user_left_open(
+    parameters: float, given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert sheet_settings("sheet", int(parameters), given) == expected
+    asked = config(optimizer=given).optimizer
+    filled = Kind("sheet", 4, "fp32").optimizer(asked, int(parameters))
+    assert filled.options == given | expected
+    assert (filled.rank, filled.states, filled.lr) == (4, "fp32", "auto")
+
+
+@pytest.mark.parametrize("given", [{"alpha": 2.0}, {"scale": 4.0}])
+def test_alpha_and_scale_are_one_setting(given: dict[str, float]) -> None:
+    """The sheet's scale must not contradict the alpha that a user gives."""
+    assert "scale" in sheet_settings("apollo", MODEL.parameters, {})
+    assert not {"alpha", "scale"} & sheet_settings("apollo", MODEL.parameters, given).keys()
+    assert kinds(config(optimizer={"method": "apollo", **given}), MODEL)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_sheet_fills_is_what_is_built(method: str) -> None:
+    """For every size: built without complaint, and the same when it is read back from a file."""
+    for size in ("llama-tiny", "llama-130m", "llama-1b", "llama-13b"):
+        model = read_preset(size)
+        for kind in kinds(config(optimizer={"method": method}), model):
+            filled = kind.optimizer(config().optimizer, model.parameters)
+            again = config(optimizer=tomllib.loads(to_toml(Config(optimizer=filled)))["optimizer"])
+            assert again.optimizer == filled
+
+
 def test_a_kind_changes_only_what_it_decides() -> None:
     asked = config(optimizer={"weight_decay": 0.1, "gap": 5, "lr": 0.3}).optimizer
-    settings = Kind("galore", 16, "8bit").optimizer(asked)
+    settings = Kind("galore", 16, "8bit").optimizer(asked, MODEL.parameters)
     assert (settings.method, settings.rank, settings.states) == ("galore", 16, "8bit")
-    assert (settings.weight_decay, settings.lr, settings.options) == (0.1, 0.3, {"gap": 5})
-    assert Kind("adamw", None, "bf16").optimizer(asked).rank == "auto"
+    assert (settings.weight_decay, settings.lr) == (0.1, 0.3)
+    assert settings.options == {"gap": 5, "scale": 0.25}
+    assert Kind("adamw", None, "bf16").optimizer(asked, MODEL.parameters).rank == "auto"
 
 
 @pytest.mark.parametrize(
@@ -91,6 +245,7 @@ def test_a_kind_changes_only_what_it_decides() -> None:
     [
         ({}, GALORE, ["unfused", "fused+subspace", "fused"]),
         ({}, ADAMW, ["unfused", "fused"]),  # without a projection the sum is a whole gradient
+        ({}, Kind("fira", 8, "fp32"), ["unfused", "fused"]),  # needs the whole gradient too
         ({"clip": "off"}, GALORE, ["unfused", "fused+subspace", "fused"]),
         ({"clip": 0.5}, GALORE, ["unfused", "fused+subspace"]),
         ({"clip": 1}, ADAMW, ["unfused"]),

@@ -11,7 +11,7 @@ from lowmem.config.presets import read_preset
 from lowmem.config.schema import ModelConfig, OptimizerConfig
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
-from lowmem.optim.step import gather
+from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Choice
 from lowmem.planner.rehearse import DTYPES, LiveBytes, part_of, rehearse, track_persistent
 
@@ -45,7 +45,14 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
     model = Llama(MODEL, dtype=DTYPES[how.weights], device="cpu", recompute=how.recompute)
     model.initialise(0)
     weights = dict(model.named_parameters())
-    optimizer = build_optimizer(optimizer_config, weights, model.roles(), mode=how.update, seed=0)
+    optimizer = build_optimizer(
+        optimizer_config,
+        weights,
+        model.roles(),
+        mode=how.update,
+        seed=0,
+        head_dim=MODEL.head_dim,
+    )
     optimizer.attach(model)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -59,7 +66,7 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
             gather(
                 model,
                 optimizer,
-                batches(),
+                MadeAnew(batches),
                 count=how.accumulate,
                 tokens=100,
                 lr=0.01,
@@ -87,6 +94,20 @@ def test_meta_equals_real_to_the_byte(
     assert sum(rehearsed.parts.values()) == rehearsed.tensors
 
 
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("method", ["sophia", "adahessian"])
+def test_estimates_of_the_curvature_are_rehearsed_to_the_byte(
+    method: str, accumulate: int, weights: str
+) -> None:
+    if (method, weights) == ("adahessian", "bf16"):
+        pytest.skip("refused")
+    optimizer = OptimizerConfig.model_validate({"method": method})
+    how = choice("unfused", "full", weights, accumulate)
+    rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
+    assert rehearsed.tensors == real_peak(optimizer, how, 32)
+
+
 def test_persistent_bytes_of_7b_are_those_of_the_formula() -> None:
     """Written out by hand for GaLore rank 1024 with 8-bit moments and bf16 weights."""
     seven = read_preset("llama-7b")
@@ -100,9 +121,11 @@ def test_persistent_bytes_of_7b_are_those_of_the_formula() -> None:
 
     states = sum(n * moments(shape[0] * 1024) for shape, n in big.items())
     states += 2 * moments(32000 * 4096) + 65 * moments(4096)
+    states += 7 * 32 * 3 * 512  # figures for the log: energy, overlap, kept bases
     assert parts["weights"] == 2 * seven.parameters
     assert parts["states"] == states + 4 * 1024  # the lookup tables of the 8-bit maps
-    assert parts["projections"] == 7 * 32 * 2 * 4096 * 1024
+    normals = 4 * 2**16  # the quantiles from which a first basis is drawn
+    assert parts["projections"] == 7 * 32 * 2 * 4096 * 1024 + normals
 
 
 def test_a_rehearsal_costs_no_host_memory() -> None:

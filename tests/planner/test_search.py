@@ -8,6 +8,7 @@ import pytest
 from lowmem.config.defaults import settle
 from lowmem.config.schema import Config
 from lowmem.errors import ConfigError
+from lowmem.optim.methods import METHODS, MethodSpec
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job
 from lowmem.planner.plan import Plan
@@ -137,3 +138,46 @@ def test_a_table_of_ranks_is_planned() -> None:
     plan = plan_of("llama-9m", "8GB", optimizer={"method": "galore", "rank": rank})
     assert plan.choice.rank == rank
     assert plan.fits
+
+
+def test_a_plan_is_rehearsed_and_filled_by_the_sheet() -> None:
+    """The settings of the recipe are in the configuration, and the notes say where from."""
+    asked = {"method": "galore", "rank": 8, "states": "fp32", "staggered": False}
+    plan = plan_of("llama-9m", "8GB", optimizer=asked)
+    assert plan.config.optimizer.options == {"staggered": False, "gap": 200, "scale": 0.25}
+    notes = "\n".join(plan.notes)
+    assert "lr 0.01: from the sheet of galore (60m recipe), arXiv:2403.03507" in notes
+    assert "gap 200, scale 0.25: from the sheet of galore (60m recipe)" in notes
+    assert "side std, solver iteration, on_refresh keep" in notes
+    assert "staggered" not in notes  # the user knows
+
+
+@pytest.mark.parametrize(("given", "said"), [({}, "gap 200, scale 0.25"), ({"gap": 5}, "scale")])
+def test_only_what_was_not_given_is_said(given: dict[str, Any], said: str) -> None:
+    plan = plan_of("llama-9m", "8GB", optimizer={"method": "galore", "rank": 8, **given})
+    (line,) = [n for n in plan.notes if n.endswith("recipe)") and not n.startswith("lr")]
+    assert line.startswith(said)
+    assert plan.config.optimizer.options["gap"] == given.get("gap", 200)
+
+
+def test_the_rehearsed_method_has_the_settings_of_the_sheet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recipe that makes state smaller must make the plan smaller."""
+    sheet = METHODS["galore"]
+    smaller = {"any": {"lr": 0.01, "rank": 32, "min_8bit": 0}}
+    larger = {"any": {"lr": 0.01, "rank": 32, "min_8bit": 10**9}}
+    peaks = []
+    for recipes in (smaller, larger):
+        monkeypatch.setitem(METHODS, "galore", MethodSpec(sheet.build, recipes, ""))
+        asked = {"method": "galore", "states": "8bit"}
+        peaks.append(plan_of("llama-9m", "8GB", optimizer=asked).memory.tensors)
+    assert peaks[0] < peaks[1]
+
+
+def test_a_method_that_has_no_galore_options_gets_no_galore_fix() -> None:
+    """GaLore does not take what only Muon has: it can be neither suggested nor rehearsed."""
+    options = {"method": "muon", "states": "fp32", "nesterov": False}
+    plan = plan_of("llama-9m", "850MiB", optimizer=options, train={"weights": "fp32"})
+    assert not plan.fits
+    assert not any("galore" in fix.flags for fix in plan.fixes)

@@ -8,9 +8,12 @@ from typing import Any, get_args
 import pytest
 
 from lowmem.train.events import (
+    Assigned,
+    Diagnosed,
     Evaluated,
     Event,
     Finished,
+    Group,
     Measured,
     Saved,
     Started,
@@ -38,6 +41,24 @@ RECORDS: list[tuple[Event, dict[str, Any]]] = [
     (
         Evaluated(3, 4.5, 2000, 0.5),
         {"update": 3, "eval_loss": 4.5, "eval_tokens": 2000, "seconds": 0.5},
+    ),
+    (
+        Diagnosed(3, {"energy": 0.5, "overlap": None}),
+        {"update": 3, "diagnostics": {"energy": 0.5, "overlap": None}},
+    ),
+    (
+        Assigned([Group("attention, mlp", 14, 1000, "Projected: SVD(rank=4)")]),
+        {
+            "event": "assigned",
+            "groups": [
+                {
+                    "roles": "attention, mlp",
+                    "weights": 14,
+                    "elements": 1000,
+                    "method": "Projected: SVD(rank=4)",
+                }
+            ],
+        },
     ),
     (
         Started(4, 10, 256, "runs/a", "runs/a/checkpoints/step-000004"),
@@ -92,11 +113,11 @@ def test_every_event_is_pinned() -> None:
     assert {type(event) for event, _ in RECORDS} == set(get_args(Event))
 
 
-def test_metrics_are_told_apart_by_their_losses() -> None:
-    """Both kinds share a file without naming themselves."""
-    trained, evaluated = ({field.name for field in fields(c)} for c in (Trained, Evaluated))
-    assert "loss" in trained - evaluated
-    assert "eval_loss" in evaluated - trained
+def test_metrics_are_told_apart_by_one_key_each() -> None:
+    """The kinds share a file without naming themselves."""
+    kinds = [{field.name for field in fields(c)} for c in (Trained, Evaluated, Diagnosed)]
+    for own, key in zip(kinds, ("loss", "eval_loss", "diagnostics"), strict=True):
+        assert [key in names for names in kinds] == [names is own for names in kinds]
 
 
 @pytest.mark.parametrize("loss", [0.0, 1.0, 11.5, 690.0])

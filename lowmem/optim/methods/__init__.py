@@ -1,71 +1,106 @@
 """The methods by name. A method is one file; its keyword arguments are its configuration."""
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from lowmem.errors import ConfigError, nearest
-from lowmem.optim.method import Method
-from lowmem.optim.methods.adam8bit import adam8bit
-from lowmem.optim.methods.adamw import adamw
-from lowmem.optim.methods.galore import galore
-
-
-@dataclass(frozen=True)
-class MethodSpec:
-    """A method and what its sheet says of it.
-
-    build: keyword arguments -> Method. lr: (up to this many parameters, peak learning rate), in
-    ascending order, the last one for all larger models. source: of that learning rate.
-    """
-
-    build: Callable[..., Method]
-    lr: tuple[tuple[float, float], ...]
-    source: str
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Argument names and their defaults."""
-        return {k: p.default for k, p in inspect.signature(self.build).parameters.items()}
-
-    @property
-    def summary(self) -> str:
-        return (inspect.getdoc(self.build) or "").partition("\n")[0]
-
-    def learning_rate(self, parameters: int) -> float:
-        """The peak learning rate for a model of that size."""
-        return next(lr for limit, lr in self.lr if parameters <= limit)
-
-
-_ANY = float("inf")
-_CHECKED = validate_call(config=ConfigDict(allow_inf_nan=False))
+from lowmem.optim.method import ByRole
+from lowmem.optim.methods import (
+    adabelief,
+    adahessian,
+    adam8bit,
+    adam_mini,
+    adamp,
+    adamw,
+    apollo,
+    apollo_mini,
+    cosmos,
+    diffgrad,
+    exadam,
+    fira,
+    frugal,
+    galore,
+    lion,
+    magma,
+    muon,
+    natural_galore,
+    q_apollo,
+    q_apollo_mini,
+    q_galore,
+    racs,
+    scale,
+    sgd_sai,
+    soap,
+    sophia,
+    spam,
+    stable_spam,
+)
+from lowmem.optim.methods.spec import MethodSpec
+from lowmem.optim.methods.third_party import load, offered, package_of, refused
 
 METHODS: dict[str, MethodSpec] = {
-    "adamw": MethodSpec(
-        adamw, ((3e9, 1e-3), (_ANY, 3e-4)), "arXiv:2403.03507 (tuned grid); 7B as LLaMA"
-    ),
-    "adam8bit": MethodSpec(
-        adam8bit, ((3e9, 1e-3), (_ANY, 3e-4)), "as adamw: arXiv:2110.02861 changes no setting"
-    ),
-    "galore": MethodSpec(galore, ((3e9, 1e-2), (_ANY, 5e-3)), "arXiv:2403.03507, released scripts"),
+    "adamw": adamw.SPEC,
+    "adam8bit": adam8bit.SPEC,
+    "galore": galore.SPEC,
+    "fira": fira.SPEC,
+    "frugal": frugal.SPEC,
+    "lion": lion.SPEC,
+    "apollo": apollo.SPEC,
+    "apollo_mini": apollo_mini.SPEC,
+    "adabelief": adabelief.SPEC,
+    "adam_mini": adam_mini.SPEC,
+    "diffgrad": diffgrad.SPEC,
+    "exadam": exadam.SPEC,
+    "magma": magma.SPEC,
+    "q_galore": q_galore.SPEC,
+    "q_apollo": q_apollo.SPEC,
+    "q_apollo_mini": q_apollo_mini.SPEC,
+    "racs": racs.SPEC,
+    "scale": scale.SPEC,
+    "sgd_sai": sgd_sai.SPEC,
+    "spam": spam.SPEC,
+    "stable_spam": stable_spam.SPEC,
+    "cosmos": cosmos.SPEC,
+    "muon": muon.SPEC,
+    "natural_galore": natural_galore.SPEC,
+    "soap": soap.SPEC,
+    "adamp": adamp.SPEC,
+    "sophia": sophia.SPEC,
+    "adahessian": adahessian.SPEC,
 }
 
 
+def method_names() -> list[str]:
+    """Our own methods, then those of other packages; nothing is imported for them."""
+    return [*METHODS, *offered(METHODS)]
+
+
 def method_spec(name: str, section: str = "optimizer") -> MethodSpec:
-    """The method of that name; ConfigError with the nearest one otherwise."""
-    if name not in METHODS:
+    """The method of that name. ConfigError: there is none, with the nearest, or it is broken."""
+    if name in METHODS:
+        return METHODS[name]
+    others = offered(METHODS)
+    if name in others:
+        return load(others[name])
+    clashes = [entry for entry in refused(METHODS) if entry.name == name]
+    if clashes:
         raise ConfigError(
-            f"{section}.method = {name!r} is unknown",
-            f"allowed: {', '.join(METHODS)}",
-            nearest(name, METHODS) or "lowmem methods",
+            f"{section}.method = {name!r} is ambiguous",
+            "offered by " + ", ".join(map(package_of, clashes)),
+            "uninstall all but one of them",
         )
-    return METHODS[name]
+    names = method_names()
+    raise ConfigError(
+        f"{section}.method = {name!r} is unknown",
+        f"allowed: {', '.join(names)}",
+        nearest(name, names) or "lowmem methods",
+    )
 
 
-def build_method(name: str, options: dict[str, Any], section: str = "optimizer") -> Method:
+def build_method(name: str, options: dict[str, Any], section: str = "optimizer") -> ByRole:
     """The method with these arguments, checked; ConfigError names the argument and its range.
 
     section: of the configuration, for the message.
@@ -81,11 +116,17 @@ def build_method(name: str, options: dict[str, Any], section: str = "optimizer")
         if isinstance(value, bool) and not isinstance(spec.arguments[key], bool):
             raise _unsuitable(section, key, value, name, "a number or a word, not true or false")
     try:
-        return _CHECKED(spec.build)(**options)
+        return _checked(spec.build)(**options)
     except ValidationError as error:
         problem = error.errors()[0]
         key = str(problem["loc"][0])
         raise _unsuitable(section, key, options[key], name, problem["msg"]) from None
+
+
+@cache
+def _checked(build: Callable[..., ByRole]) -> Callable[..., ByRole]:
+    """`build` with its arguments checked; making that takes longer than a call of it."""
+    return validate_call(config=ConfigDict(allow_inf_nan=False))(build)
 
 
 def _unsuitable(section: str, key: str, value: Any, method: str, why: str) -> ConfigError:

@@ -5,8 +5,9 @@ from typing import Literal
 from pydantic import NonNegativeInt
 
 from lowmem.optim.formats import Blockwise8
-from lowmem.optim.method import Dense
+from lowmem.optim.method import ByRole, Dense
 from lowmem.optim.methods.arguments import Betas, Eps
+from lowmem.optim.methods.spec import MethodSpec
 from lowmem.optim.rules import Adam
 
 
@@ -17,7 +18,7 @@ def adam8bit(
     states: Literal["8bit"] = "8bit",
     min_8bit: NonNegativeInt = 4096,
     floor_codes: bool = True,
-) -> Dense:
+) -> ByRole:
     """8-bit Adam: AdamW whose moments are bytes with one scale per 256 elements.
 
     The step uses the fresh float32 moments; they are then requantised to the nearest of 256
@@ -26,4 +27,12 @@ def adam8bit(
 
     Source: Dettmers et al., arXiv:2110.02861. State: 2.03 bytes per element.
     """
-    return Dense(Adam(betas, eps, "inside", Blockwise8(min_8bit, floor_codes)))
+    adam = Dense(Adam(betas, eps, "inside", Blockwise8(min_8bit, floor_codes)))
+    return ByRole(adam, adam)
+
+
+SPEC = MethodSpec(
+    adam8bit,
+    {"1b": {"lr": 1e-3}, "7b": {"lr": 3e-4}},
+    "as adamw: arXiv:2110.02861 changes no setting",
+)

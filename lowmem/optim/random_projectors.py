@@ -1,0 +1,49 @@
+"""Projectors that draw at random, from (seed, number of the draw): nothing drawn is ever stored.
+
+RandomNormal(rank=256)    entries of N(0, 1/r): lengths are kept on average, little else is
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem.kernels.random_normal import normal
+from lowmem.naming import seed_of
+from lowmem.optim.formats import State, number
+from lowmem.optim.place import Place
+from lowmem.optim.projectors import lift_back, project, projects_right, rank_of
+from lowmem.optim.weights import Step
+
+
+@dataclass(frozen=True)
+class RandomNormal:
+    """A matrix of independent normal numbers on the shorter side, drawn anew at each refresh.
+
+    rank: a number or a fraction of that side s; never above it, where the image would be no
+    smaller than the gradient. State, all numbers: right, side, rank, and the number of the draw.
+
+    Source: Zhu et al. 2024 (APOLLO), arXiv:2412.05270, Algorithm 1.
+    """
+
+    rank: int | float
+
+    def init(self, state: State, weight: Tensor, place: Place) -> None:
+        side = min(weight.shape)
+        state["right"] = int(projects_right("std", weight.shape))
+        state["side"], state["rank"], state["draw"] = side, rank_of(self.rank, side), 0
+
+    def refresh(self, grad: Tensor, state: State) -> None:
+        state["draw"] = number(state, "draw") + 1
+
+    def basis(self, state: State, device: torch.device | str = "cpu") -> Tensor:
+        """(s, r) float32, not orthonormal."""
+        side, rank = number(state, "side"), number(state, "rank")
+        seed = seed_of(number(state, "seed"), "projection", number(state, "draw"))
+        return normal(side * rank, seed, device=device).mul_(rank**-0.5).view(side, rank)
+
+    def down(self, full: Tensor, state: State) -> Tensor:
+        return project(full, self.basis(state, full.device).to(full.dtype), bool(state["right"]))
+
+    def up(self, low: Tensor, state: State) -> Step:
+        return lift_back(low, self.basis(state, low.device), bool(state["right"]))
