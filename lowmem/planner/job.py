@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
@@ -18,6 +19,7 @@ from lowmem.errors import ConfigError
 from lowmem.kernels.attention import choose_backend
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
+from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.allocator import expandable_segments, replay
 from lowmem.planner.candidates import Kind, clip_of
@@ -88,14 +90,25 @@ class Job:
         """Weights, states and held sums: a lower bound, from the method's own `init`."""
         key = (repr(kind_of(choice)), choice.update, choice.accumulate > 1)
         if key not in self._persistents:
+            depth = self.model.num_hidden_layers
             one, two = (self._persistent(choice, blocks) for blocks in (1, 2))
-            self._persistents[key] = one + (self.model.num_hidden_layers - 1) * (two - one)
+            self._persistents[key] = one + (depth - 1) * (two - one)
+            if not self._blocks_are_alike(choice):
+                self._persistents[key] = self._persistent(choice, depth)
         return self._persistents[key]
 
-    def _persistent(self, choice: Choice, blocks: int) -> int:
+    def _blocks_are_alike(self, choice: Choice) -> bool:
+        """Does every block of the model hold the same? Not where moments move between weights."""
+        return not any(
+            hasattr(slot.method, "reallocate")
+            for slot in self._owner(choice, blocks=1)[0].slots.values()
+        )
+
+    def _owner(self, choice: Choice, blocks: int) -> tuple[Optimizer, dict[str, Tensor]]:
+        """(the optimizer when it holds most, its weights) of a model with so many blocks."""
         model = self.model.model_copy(update={"num_hidden_layers": blocks})
         llama = Llama(model, dtype=DTYPES[choice.weights], device="meta", attention=self.attention)
-        weights = dict(llama.named_parameters())
+        weights: dict[str, Tensor] = dict(llama.named_parameters())
         optimizer = build_optimizer(
             self._optimizer(choice),
             weights,
@@ -104,6 +117,11 @@ class Job:
             seed=0,
             head_dim=model.head_dim,
         )
+        hold_worst_window(optimizer)
+        return optimizer, weights
+
+    def _persistent(self, choice: Choice, blocks: int) -> int:
+        optimizer, weights = self._owner(choice, blocks)
         total = sum(_rounded(weight.nbytes) for weight in weights.values())
         total += sum(_rounded(value.nbytes) for _, value in optimizer.state_tensors())
         if choice.accumulate > 1:
@@ -122,7 +140,7 @@ class Job:
         """
         depth = self.model.num_hidden_layers
         missed = self._missed.get(_family(choice), 0)
-        if depth <= _SHALLOW[1]:
+        if depth <= _SHALLOW[1] or not self._blocks_are_alike(choice):
             return self._reserved(self._rehearsed(choice, depth)) + missed
         few, more = (self._rehearsed(choice, blocks) for blocks in _SHALLOW)
         return self._reserved(few + (depth - _SHALLOW[0]) * (more - few)) + missed

@@ -26,6 +26,7 @@ from lowmem.kernels.random_normal import lookup_table
 from lowmem.kernels.slices import rehearsing
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
+from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.phases import current_phase
@@ -229,6 +230,7 @@ def rehearse(
     owner = build_optimizer(
         optimizer, parameters, llama.roles(), mode=choice.update, seed=0, head_dim=model.head_dim
     )
+    hold_worst_window(owner)
     owner.attach(llama)
     track_persistent(tracker, llama, owner)
     if workspace:
@@ -247,10 +249,10 @@ def track_persistent(tracker: LiveBytes, model: Llama, optimizer: Optimizer) -> 
     """Count weights and states, which live as long as the run."""
     tracker.track(dict(model.named_parameters()), "weights")
     for key, value in optimizer.state_tensors():
-        tracker.track([value], "projections" if key.endswith("/basis") else "states")
+        tracker.track([value], "projections" if key.endswith("basis") else "states")
         if key.endswith(".codes"):
             tracker.track(lookup_tables(str(value.device)), "states")
-        if key.endswith("/basis"):
+        if key.endswith("basis"):
             tracker.track([lookup_table(str(value.device))], "projections")
 
 

@@ -11,6 +11,7 @@ from lowmem.config.presets import read_preset
 from lowmem.config.schema import ModelConfig, OptimizerConfig
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
+from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Choice
 from lowmem.planner.rehearse import DTYPES, LiveBytes, part_of, rehearse, track_persistent
@@ -53,6 +54,7 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
         seed=0,
         head_dim=MODEL.head_dim,
     )
+    hold_worst_window(optimizer)  # as a rehearsal does
     optimizer.attach(model)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
