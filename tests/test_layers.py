@@ -42,7 +42,7 @@ ONLY_IN_FUNCTIONS = {
     "wandb",
     "trackio",
 }
-REFERENCES = {"galore_torch", "apollo_torch", "fira", "pytorch_optimizer"}
+REFERENCES = {"galore_torch", "apollo_torch", "fira", "pytorch_optimizer", "q_galore_torch"}
 NOT_AT_RUN_TIME = {*REFERENCES, "pytest", "hypothesis"}
 
 

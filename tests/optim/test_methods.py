@@ -4,14 +4,17 @@ import math
 from typing import Any, Literal
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lowmem.config.schema import RestConfig
 from lowmem.errors import ConfigError
 from lowmem.optim.method import ByRole, Dense, Projected
 from lowmem.optim.methods import METHODS, MethodSpec, build_method, method_spec
 from lowmem.optim.methods.spec import sheet_problem
+from lowmem.optim.place import Place
 from lowmem.optim.rules import Adam
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -33,6 +36,17 @@ def test_a_sheet_is_complete(name: str) -> None:
 def test_every_argument_has_a_default_that_passes_its_own_check(name: str) -> None:
     spec = method_spec(name)
     assert build_method(name, {}) == build_method(name, spec.arguments)
+
+
+@every_method
+def test_moments_are_never_bf16_by_default(name: str) -> None:
+    """Rounded to nearest they would never decay; only the basis follows the weight's format."""
+    method = build_method(name, {})
+    weight = torch.empty(64, 48, dtype=torch.bfloat16, device="meta")
+    for part in (method.matrix, method.other):
+        state = part.init(weight, Place(index=0, count=1))
+        found = {k for k, v in state.items() if isinstance(v, Tensor) and v.dtype == torch.bfloat16}
+        assert all(key.endswith("basis") for key in found)
 
 
 def test_no_argument_is_hidden_by_a_setting_of_the_configuration() -> None:

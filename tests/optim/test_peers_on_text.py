@@ -23,7 +23,7 @@ from lowmem.optim.method import ByRole, Method, Projected
 from lowmem.optim.methods import METHODS, build_method
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.place import Place
-from lowmem.optim.projectors import SVD, lift_back, project, projects_right
+from lowmem.optim.projectors import SVD, QuantizedSVD, lift_back, project, projects_right
 from lowmem.optim.step import gather
 from lowmem.optim.weights import Step
 
@@ -216,3 +216,66 @@ def distances(
     for key, start in recording.weights.items():
         movement = theirs[key].detach() - start
         yield key, ((ours[key] - theirs[key].detach()).norm() / movement.norm()).item()
+
+
+@dataclass(frozen=True)
+class SameSignsInCodes(QuantizedSVD):
+    """Our 4-bit basis with the signs that the package has chosen."""
+
+    matrix: Callable[[], Tensor] = torch.Tensor
+
+    def store(self, state: State, new: Tensor, usable: Tensor) -> None:
+        wanted = self.matrix().T if state["right"] else self.matrix()
+        super().store(state, new * (new * wanted).sum(dim=0).sign(), usable)
+
+
+def test_q_galore_follows_the_packages_projector(recording: Recording) -> None:
+    """The package's step needs bitsandbytes below 0.44, its projector does not.
+
+    Around it stands torch's own Adam, so that bases, codes, gaps and the way back are compared.
+    """
+    peer = pytest.importorskip("q_galore_torch.q_galore_projector", reason="a development extra")
+    options = {
+        **{"rank": RANK, "gap": 5, "scale": 0.25, "solver": "svd", "staggered": False},
+        **{"basis_group": 64, "similarity": "first", "clear_queue": False, "gap_limit": 1e9},
+        **{"theta": 0.4, "gamma": 2.0, "queue": 2, "states": "fp32"},
+    }
+    method = build_method("q_galore", options).matrix
+    assert isinstance(method, Projected)
+    doubled = 0
+    for name in filter(recording.is_matrix, recording.weights):
+        theirs, ours = recording.weights[name].clone(), recording.weights[name].clone()
+        projector = peer.GaLoreProjector(
+            **{"rank": RANK, "update_proj_gap": 5, "scale": 0.25, "queue_size": 2},
+            **{"quant": True, "group_size": 64, "n_bit": 4, "cos_threshold": 0.4, "gamma_proj": 2},
+        )
+
+        def dequantised(projector: Any = projector) -> Tensor:
+            values = projector.ortho_matrix - projector.ortho_matrix_zeros
+            basis: Tensor = (projector.ortho_matrix_scales * values).view(
+                projector.ortho_matrix_shape
+            )
+            return basis
+
+        own = vars(method.projector) | {"span_zero": False}
+        follow = SameSignsInCodes(**own, matrix=dequantised)
+        optimizer = Optimizer("unfused", seed=0)
+        optimizer.add(name, ours, replace(method, projector=follow), 0.0)
+        low: torch.nn.Parameter | None = None
+        for update, gradients in enumerate(recording.gradients):
+            image = projector.project(gradients[name], update)
+            if low is None:
+                low = torch.nn.Parameter(torch.zeros_like(image))
+                adam = torch.optim.Adam([low], lr=1.0, betas=method.rule.betas, eps=1e-8)  # type: ignore[attr-defined]
+            low.data.zero_()
+            low.grad = image
+            adam.step()
+            theirs += LR * projector.project_back(low.data)
+            optimizer.begin(LR, 1)
+            optimizer.receive(name, gradients[name].clone())
+            optimizer.step()
+        assert optimizer.slots[name].state["gap"] == projector.update_proj_gap
+        doubled += projector.update_proj_gap > 5
+        movement = theirs - recording.weights[name]
+        assert (ours - theirs).norm() <= TOLERANCE * movement.norm(), name
+    assert doubled  # the lazy gap has been at work
