@@ -69,6 +69,9 @@ def cases(best: float, quarter: float) -> list[Case]:
         Case("galore, as published", "galore", {"solver": "svd", "staggered": False}),
         Case("galore, 8-bit", "galore", {"states": "8bit"}),
         Case("fira, paper form", "fira", {"form": "paper"}),
+        Case("lion, lr 0.001", "lion", lr=1e-3, seeds=(0,)),
+        Case("sgd_sai, lr 0.03", "sgd_sai", lr=0.03, seeds=(0,)),
+        Case("sgd_sai, lr 0.1", "sgd_sai", lr=0.1, seeds=(0,)),
         Case("magma over adamw", "magma", {"base": "adamw", "base_options": QUARTER}, lr=quarter),
         Case("magma over galore", "magma", {"base": "galore"}),
         Case("magma over apollo", "magma", {"base": "apollo"}),
@@ -196,18 +199,19 @@ def table(out: Path) -> str:
     means = {name: statistics.fmean(r["eval_loss"] for r in rs) for name, rs in found.items()}
     base = means.get("adamw, tuned", math.nan)
     lines = [
-        "| method | lr | validation loss | +- | seeds | against AdamW | state bytes/parameter |",
-        "|---|---|---|---|---|---|---|",
+        "| method | lr | validation loss | seeds | against AdamW | state bytes/parameter |",
+        "|---|---|---|---|---|---|",
     ]
-    for name in sorted(found, key=lambda name: means[name]):
-        rs = found[name]
-        spread = statistics.stdev([r["eval_loss"] for r in rs]) if len(rs) > 1 else None
+    for name in sorted(found, key=lambda name: (math.isnan(means[name]), means[name])):
+        rs, loss = found[name], f"{means[name]:.3f}"
+        if len(rs) > 1:
+            loss += f" +- {statistics.stdev([r['eval_loss'] for r in rs]):.3f}"
+        gap = f"{100 * (means[name] / base - 1):+.1f} %"
+        if math.isnan(means[name]):
+            loss, gap = "diverged", ""
         state = rs[0]["state_bytes"] / rs[0]["parameters"]
-        lines.append(
-            f"| {name} | {rs[0]['settings']['lr']:g} | {means[name]:.4f} | "
-            f"{'' if spread is None else f'{spread:.4f}'} | {len(rs)} | "
-            f"{100 * (means[name] / base - 1):+.1f} % | {state:.2f} |"
-        )
+        lr = rs[0]["settings"]["lr"]
+        lines.append(f"| {name} | {lr:g} | {loss} | {len(rs)} | {gap} | {state:.2f} |")
     return "\n".join(lines)
 
 
