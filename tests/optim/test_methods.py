@@ -39,6 +39,15 @@ def test_every_argument_has_a_default_that_passes_its_own_check(name: str) -> No
 
 
 @every_method
+def test_a_format_that_does_not_suit_is_refused_with_the_reason(name: str) -> None:
+    spec = method_spec(name)
+    for states in {"fp32", "bf16", "8bit"} - set(spec.states):
+        with pytest.raises(ConfigError, match=f"states = '{states}' does not suit") as caught:
+            build_method(name, {"states": states})
+        assert caught.value.why == spec.why_states != ""
+
+
+@every_method
 def test_moments_are_never_bf16_by_default(name: str) -> None:
     """Rounded to nearest they would never decay; only the basis follows the weight's format."""
     method = build_method(name, {})

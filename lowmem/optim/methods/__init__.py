@@ -107,6 +107,8 @@ def build_method(name: str, options: dict[str, Any], section: str = "optimizer")
     """
     spec = method_spec(name, section)
     for key, value in options.items():
+        if key == "states" and spec.why_states and value not in spec.states:
+            raise _unsuitable(section, key, value, name, spec.why_states)
         if key not in spec.arguments:
             raise ConfigError(
                 f"{section}.{key} is unknown to method {name!r}",

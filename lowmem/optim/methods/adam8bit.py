@@ -35,4 +35,5 @@ SPEC = MethodSpec(
     adam8bit,
     {"1b": {"lr": 1e-3}, "7b": {"lr": 3e-4}},
     "as adamw: arXiv:2110.02861 changes no setting",
+    why_states="only 8bit: with fp32 or bf16 moments it is adamw",
 )

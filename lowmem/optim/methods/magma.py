@@ -163,5 +163,8 @@ def magma(
 
 
 SPEC = MethodSpec(
-    magma, {"any": {"lr": 1e-3}}, "as adamw; the paper's grid of learning rates is not confirmed"
+    magma,
+    {"any": {"lr": 1e-3}},
+    "as adamw; the paper's grid of learning rates is not confirmed",
+    why_states="moments belong to the base: base_options.states",
 )

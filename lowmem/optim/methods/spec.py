@@ -31,12 +31,14 @@ class MethodSpec:
     """A method and what its sheet says of it.
 
     build: keyword arguments -> ByRole. recipes: size -> settings, "lr" always among them; "any"
-    where the sources name one for all. source: of the recipes.
+    where the sources name one for all. source: of the recipes. why_states: the reason, where
+    `states` has not all formats.
     """
 
     build: Callable[..., ByRole]
     recipes: Mapping[str, Mapping[str, Any]]
     source: str
+    why_states: str = ""
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
