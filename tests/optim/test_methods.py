@@ -144,7 +144,7 @@ def test_an_unknown_argument_is_told(key: str, fix: str) -> None:
         ("galore", {"scale": math.nan}, "optimizer.scale = nan", "finite number"),
         ("galore", {"side": "up"}, "optimizer.side = 'up'", "'std', 'reverse_std', 'left'"),
         ("adamw", {"states": "4bit"}, "optimizer.states = '4bit'", "'fp32', 'bf16' or '8bit'"),
-        ("adam8bit", {"states": "fp32"}, "optimizer.states = 'fp32'", "'8bit'"),
+        ("adam8bit", {"states": "fp32"}, "optimizer.states = 'fp32'", "only 8bit"),
         ("adamw", {"eps": 0}, "optimizer.eps = 0", "greater than 0"),
         ("adamw", {"eps": math.nan}, "optimizer.eps = nan", "finite number"),
         ("adamw", {"betas": 0.9}, "optimizer.betas = 0.9", "valid tuple"),

@@ -79,6 +79,6 @@ SPEC = MethodSpec(
         "350m": {"lr": 0.01, "rank": 256, "gap": 200, "scale": 1.0},
     },
     "arXiv:2412.05270, Table 8 and released script for 350M (groups of 128); others as apollo",
-    why_states="only fp32: they are few, decide the rate of whole channels, and published runs keep "
-    "them so; rest_states is for embedding, head and norms",
+    why_states="only fp32: moments are few, decide the rate of whole channels, and published runs "
+    "keep them so; rest_states is for embedding, head and norms",
 )

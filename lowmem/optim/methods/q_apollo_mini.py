@@ -75,6 +75,6 @@ SPEC = MethodSpec(
         "7b": _RECIPE | {"rest_states": "8bit"},
     },
     "arXiv:2412.05270, Table 8 and released script for 7B: groups of 128 weights",
-    why_states="only fp32: they are few, decide the rate of whole channels, and published runs keep "
-    "them so; rest_states is for embedding, head and norms",
+    why_states="only fp32: moments are few, decide the rate of whole channels, and published runs "
+    "keep them so; rest_states is for embedding, head and norms",
 )
