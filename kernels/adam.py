@@ -1,6 +1,6 @@
 """Adam's moments and step in one pass over memory, for float32 moments.
 
-    M <- b1 M + (1 - b1) g;   V <- b2 V + (1 - b2) g^2;   target <- target + alpha M / (sqrt(V) + eps)
+    M <- b1 M + (1 - b1) g;  V <- b2 V + (1 - b2) g^2;  target += alpha M / (sqrt(V) + eps)
 
 PyTorch's fused AdamW does just this up to constants; on a CPU it takes a quarter of the time of the
 same formula in separate operations, on a card one launch.
