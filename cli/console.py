@@ -22,8 +22,9 @@ from rich.table import Table
 
 from lowmem.cli.lines import EventLines
 from lowmem.planner.plan import Candidate, Plan
+from lowmem.planner.speed import why_no_estimate
 from lowmem.train.events import Event, Report, Started, Trained
-from lowmem.units import format_bytes
+from lowmem.units import format_bytes, format_count, format_span
 
 _PIPE_WIDTH = 120  # tables in a pipe or file, unless COLUMNS says
 
@@ -65,7 +66,7 @@ class Console:
         target.print()
         wide = target.width >= 120
         target.print(_candidate_table(plan, wide=wide))
-        for line in [] if wide else _reasons(plan):
+        for line in _reasons(plan, wide=wide):
             target.print(line)
         target.print()
         target.print(
@@ -166,9 +167,25 @@ def _card_lines(plan: Plan) -> list[str]:
         f"        = {format_bytes(card.total)} - context {format_bytes(card.context)}"
         f" - others {format_bytes(card.others)} - margin {format_bytes(card.margin)}",
         f"Choice  {plan.choice.sentence()}",
+        *([f"Quality {plan.quality.sentence()}"] if plan.quality else []),
         f"Peak    {format_bytes(memory.reserved)} reserved,"
         f" {format_bytes(memory.allocated)} allocated,"
         f" {format_bytes(memory.tensors)} tensors: {verdict}",
+        *_speed_lines(plan),
+    ]
+
+
+def _speed_lines(plan: Plan) -> list[str]:
+    speed, rates, seconds = plan.speed, plan.card.rates, plan.training_seconds
+    if speed is None or rates is None or seconds is None:
+        return [f"Speed   not estimated: {why_no_estimate(plan.card, plan.choice.weights)}"]
+    tokens = seconds * speed.tokens_per_second
+    return [
+        f"Speed   about {format_count(speed.tokens_per_second)} tokens/s,"
+        f" {format_span(speed.seconds_per_update)} per update, by rates of {rates.card}"
+        f" (+-{100 * speed.error:.0f} %, uncalibrated)",
+        f"Time    about {format_span(seconds)} for {format_count(tokens)} tokens"
+        f" in {plan.config.train.updates} updates, without evaluation",
     ]
 
 
@@ -184,8 +201,10 @@ def _candidate_table(plan: Plan, *, wide: bool) -> Table:
         peak = (">" if candidate.bound else "") + format_bytes(candidate.peak_bytes)
         row = [_mark(plan, candidate, number), choice.method, rank, choice.states, choice.weights]
         row += [choice.update, choice.recompute, micro, peak]
-        rows.append([*row, candidate.reason] if wide else row)
-    return _table([*_COLUMNS, "why not"] if wide else _COLUMNS, rows, gap=2 if wide else 1)
+        nats = f"{candidate.quality.nats:+.3f}" if candidate.quality else ""
+        rows.append([*row, nats, candidate.reason] if wide else row)
+    columns = [*_COLUMNS, ">nats", "why not"] if wide else _COLUMNS
+    return _table(columns, rows, gap=2 if wide else 1)
 
 
 def _mark(plan: Plan, candidate: Candidate, number: int) -> str:
@@ -198,12 +217,15 @@ def _rank(rank: Any) -> str:
     return str(rank)
 
 
-def _reasons(plan: Plan) -> list[str]:
-    return [
-        f"{number:2}: {candidate.reason}"
-        for number, candidate in enumerate(plan.candidates, start=1)
-        if candidate.reason
-    ]
+def _reasons(plan: Plan, *, wide: bool) -> list[str]:
+    """What no column has room for: where penalties are from, and narrow also the reasons."""
+    lines = []
+    for number, candidate in enumerate(plan.candidates, start=1):
+        if candidate.reason and not wide:
+            lines.append(f"{number:2}: {candidate.reason}")
+        if candidate.quality:
+            lines.append(f"{number:2}: {candidate.quality.sentence()}")
+    return lines
 
 
 def _parts_table(plan: Plan) -> Table:

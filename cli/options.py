@@ -71,6 +71,7 @@ SETTINGS = (
     Setting("--seq-len", "N", "tokens per sequence", DATA),
     Setting("--updates", "N", "optimizer steps", SCHEDULE),
     Setting("--tokens", "1.1B", "a budget of tokens instead of updates", SCHEDULE),
+    Setting("--hours", "48", "a budget of time on a known card instead of updates", SCHEDULE),
     Setting("--batch", "32seq|131k-tokens", "per update", SCHEDULE),
     Setting("--schedule", "KIND", "cosine, linear, constant, wsd or rex", SCHEDULE),
     Setting("--warmup", "N|0.1", "updates, or a fraction of them (default 0.1)", SCHEDULE),

@@ -13,6 +13,7 @@ _BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+_MONTH = 365.25 * 86400 / 12  # seconds
 
 
 def _parse(text: str | int | float, factors: dict[str, int], kind: str, example: str) -> int:
@@ -83,3 +84,21 @@ def format_seconds(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h"
+
+
+def format_span(seconds: float) -> str:
+    """A long duration that is only estimated: "40 min", "13 h", "26 days", "4.4 months"."""
+    for unit, name, most in (
+        (1, "s", 120),
+        (60, "min", 120),
+        (3600, "h", 48),
+        (86400, "days", 60),
+        (_MONTH, "months", 24),
+    ):
+        if seconds < most * unit:
+            return f"{_two_digits(seconds / unit)} {name}"
+    return f"{_two_digits(seconds / (12 * _MONTH))} years"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"

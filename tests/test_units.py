@@ -14,6 +14,7 @@ from lowmem.units import (
     format_bytes,
     format_count,
     format_seconds,
+    format_span,
     parse_batch,
     parse_bytes,
     parse_count,
@@ -169,10 +170,28 @@ def test_counts_for_people_can_be_read_back(count: int) -> None:
         (format_seconds(200), "3 min 20 s"),
         (format_seconds(3599.6), "1 h 0 min"),
         (format_seconds(39 * 3600), "1 d 15 h"),
+        (format_span(0.42), "0.4 s"),
+        (format_span(99.2), "99 s"),
+        (format_span(40 * 60), "40 min"),
+        (format_span(13 * 3600), "13 h"),
+        (format_span(48 * 3600), "2.0 days"),
+        (format_span(26 * 86400), "26 days"),
+        (format_span(133 * 86400), "4.4 months"),  # of 30.4 days
+        (format_span(3 * 365.25 * 86400), "3.0 years"),
     ],
 )
 def test_what_people_read(text: str, expected: str) -> None:
     assert text == expected
+
+
+@given(st.floats(1, 1e12))
+def test_a_span_is_told_to_half_of_its_last_digit(seconds: float) -> None:
+    lengths: dict[str, float] = {"s": 1, "min": 60, "h": 3600, "days": 86400}
+    lengths |= {"months": 365.25 * 7200, "years": 365.25 * 86400}
+    number, unit = format_span(seconds).split()
+    last = 0.1 if "." in number else 1
+    assert abs(float(number) - seconds / lengths[unit]) <= last / 2 * (1 + 1e-9)
+    assert float(number) >= 1
 
 
 @given(st.floats(0, 1e9))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config.presets import resolve_model
-from lowmem.config.schema import Config, ModelConfig, settled
+from lowmem.config.schema import Auto, Config, ModelConfig, settled
 from lowmem.errors import ConfigError
 from lowmem.units import format_count, parse_batch
 
@@ -37,7 +37,9 @@ def settle(config: Config, *, cuda: bool) -> tuple[Config, list[str]]:
         notes.append("data: the sources of Python's standard library; C4 with --data c4")
     seq_len = _sequence_length(config, model, notes)
     rows = _rows(config, seq_len, device, notes)
-    updates = _updates(config, model, rows * seq_len, device, notes)
+    updates: int | Auto = "auto"  # hours: by the planner, which knows how fast the card is
+    if config.train.hours is None:
+        updates = _updates(config, model, rows * seq_len, device, notes)
     weights = config.train.weights
     if weights == "auto":
         weights = "bf16" if device == "cuda" else "fp32"
@@ -45,18 +47,30 @@ def settle(config: Config, *, cuda: bool) -> tuple[Config, list[str]]:
         "train": {
             "device": device,
             "batch": f"{rows}seq",
-            "updates": updates,
             "tokens": None,
             "weights": weights,
         },
         "data": {"seq_len": seq_len},
-        "evaluate": _evaluation(config, updates, device),
-        "checkpoint": _saving(config, updates),
+        "evaluate": _evaluation(config, device),
     }
     sections = {
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
     }
-    return config.model_copy(update={"model": spec, **sections}), notes
+    filled = config.model_copy(update={"model": spec, **sections})
+    return (filled if updates == "auto" else with_updates(filled, updates)), notes
+
+
+def with_updates(config: Config, updates: int) -> Config:
+    """`config` for a run of so many updates, with what follows from their number."""
+    evaluate, checkpoint = config.evaluate, config.checkpoint
+    if evaluate.every == "auto":
+        evaluate = evaluate.model_copy(update={"every": max(1, updates // 5)})
+    if checkpoint.every == "auto":
+        checkpoint = checkpoint.model_copy(update={"every": min(1000, max(1, updates // 5))})
+    train = config.train.model_copy(update={"updates": updates, "hours": None})
+    return config.model_copy(
+        update={"train": train, "evaluate": evaluate, "checkpoint": checkpoint}
+    )
 
 
 def _model_note(name: str, device: str) -> str:
@@ -117,14 +131,6 @@ def _updates(
     return updates
 
 
-def _evaluation(config: Config, updates: int, device: str) -> dict[str, int]:
-    every, tokens = config.evaluate.every, config.evaluate.tokens
-    return {
-        "every": max(1, updates // 5) if every == "auto" else settled(every),
-        "tokens": EVAL_TOKENS[device] if tokens == "auto" else settled(tokens),
-    }
-
-
-def _saving(config: Config, updates: int) -> dict[str, int]:
-    every = config.checkpoint.every
-    return {"every": min(1000, max(1, updates // 5)) if every == "auto" else settled(every)}
+def _evaluation(config: Config, device: str) -> dict[str, int]:
+    tokens = config.evaluate.tokens
+    return {"tokens": EVAL_TOKENS[device] if tokens == "auto" else settled(tokens)}

@@ -18,6 +18,7 @@ FLAGS = {
     "--warmup": "schedule.warmup",
     "--updates": "train.updates",
     "--tokens": "train.tokens",
+    "--hours": "train.hours",
     "--batch": "train.batch",
     "--micro-batch": "train.micro_batch",
     "--update": "train.update",

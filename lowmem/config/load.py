@@ -29,6 +29,8 @@ from lowmem.config.schema import Config, OptimizerConfig
 from lowmem.config.toml import key_lines
 from lowmem.errors import nearest
 
+_BUDGETS = {"train.updates", "train.tokens", "train.hours"}  # one budget in three forms
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -122,9 +124,9 @@ def _canonical(key: str) -> str:
 
 
 def _displaces(new: str, old: str) -> bool:
-    """Whether giving `new` makes `old` void: a parent or child, or the budget's other form."""
+    """Whether giving `new` makes `old` void: a parent or child, or the budget in another form."""
     related = old.startswith(new + ".") or new.startswith(old + ".")
-    return related or {new, old} == {"train.updates", "train.tokens"}
+    return related or (new != old and {new, old} <= _BUDGETS)
 
 
 def _place(origin: str) -> str:

@@ -209,6 +209,9 @@ class TrainConfig(Section):
 
     updates: PositiveInt | Auto = Field(default="auto", description="optimizer steps")
     tokens: Count | None = Field(default=None, description="a budget of tokens instead of updates")
+    hours: PositiveFloat | None = Field(
+        default=None, description="a budget of time on a known card instead of updates"
+    )
     batch: str = Field(default="auto", description="per update: 32seq or 131k-tokens")
     micro_batch: PositiveInt | Auto = Field(
         default="auto", description="sequences per forward pass"
@@ -241,8 +244,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if self.tokens is not None and self.updates != "auto":
-            raise ValueError("give updates or tokens, not both")
+        given = [self.updates != "auto", self.tokens is not None, self.hours is not None]
+        if sum(given) > 1:
+            raise ValueError("give one of updates, tokens and hours")
         return self
 
 

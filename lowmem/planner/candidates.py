@@ -1,9 +1,8 @@
 """What may be varied, best first, and what the user's own settings leave of it.
 
-The order of methods follows published quality at equal tokens: tuned AdamW, then 8-bit Adam (equal
-at 7B: 14.61), then GaLore (14.65). Ranks begin at what the method's sheet says for a model of that
-size and go downwards; moments begin in the method's own format. Sources: arXiv:2403.03507, Tables 2
-and 3; arXiv:2110.02861.
+The order of methods is that of the published evidence (`quality.py`); a named method has only its
+ranks and formats to vary. Ranks begin at what the method's sheet says for a model of that size and
+go downwards; moments begin in the method's own format.
 """
 
 from collections.abc import Collection
@@ -15,7 +14,8 @@ from lowmem.config.schema import Config, Level, ModelConfig, OptimizerConfig, Up
 from lowmem.errors import ConfigError
 from lowmem.optim.assign import method_options, takes_rank
 from lowmem.optim.method import ByRole
-from lowmem.optim.methods import MethodSpec, build_method, method_spec
+from lowmem.optim.methods import METHODS, MethodSpec, build_method, method_spec
+from lowmem.planner.quality import Penalty, automatic, penalty
 
 RANK_DIVISORS = (1, 2, 4, 8)  # of the sheet's rank
 _SMALLEST_RANK = 4  # unless the sheet says less
@@ -72,15 +72,47 @@ def sheet_settings(method: str, parameters: int, given: Collection[str]) -> dict
 def kinds(config: Config, model: ModelConfig) -> list[Kind]:
     """Every kind that the user's settings allow, best first. ConfigError: unsuitable settings."""
     optimizer = config.optimizer
-    names = ["adamw", "adam8bit", "galore"] if optimizer.method == "auto" else [optimizer.method]
     if optimizer.method == "auto":
-        wanted = {*optimizer.options, *([] if optimizer.rank == "auto" else ["rank"])}
-        able = [name for name in names if wanted <= set(method_spec(name).arguments)]
-        names = able or names  # an option that none has is told below
-    found = [kind for name in names for kind in _kinds_of(name, optimizer, model)]
+        return _automatic(optimizer, model)
+    found = _kinds_of(optimizer.method, optimizer, model)
     for kind in found:  # a wrong option is told before anything is rehearsed
         kind.built(optimizer, model.parameters)
     return found
+
+
+def _automatic(optimizer: OptimizerConfig, model: ModelConfig) -> list[Kind]:
+    """Kinds of every method with evidence that takes the user's settings, in order of quality.
+
+    Equal in quality: in the order of METHODS, large ranks and exact moments first.
+    """
+    names = automatic(list(METHODS), ranked=optimizer.rank != "auto")
+    able = [
+        name for name in names if optimizer.options.keys() <= method_spec(name).arguments.keys()
+    ]
+    found: list[Kind] = []
+    problem: ConfigError | None = None
+    for name in able or names:  # an option that none has is told below
+        for kind in _kinds_of(name, optimizer, model):
+            try:
+                kind.built(optimizer, model.parameters)
+                found.append(kind)
+            except ConfigError as error:  # it may suit another method
+                problem = problem or error
+    if not found and problem is not None:
+        raise problem
+    return sorted(found, key=lambda kind: quality(kind, model).rung)
+
+
+def quality(kind: Kind, model: ModelConfig) -> Penalty:
+    """What this kind costs in quality by the published evidence."""
+    return penalty(kind.method, rank_share(kind.rank, model), kind.states, model.parameters)
+
+
+def rank_share(rank: Any, model: ModelConfig) -> float | None:
+    """A rank as a share of the hidden size; the smallest of a table; None where there is none."""
+    if isinstance(rank, dict):
+        return min(rank_share(each, model) or 0.0 for each in rank.values())
+    return rank / model.hidden_size if isinstance(rank, int) else rank
 
 
 def _kinds_of(name: str, optimizer: OptimizerConfig, model: ModelConfig) -> list[Kind]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import ConfigError, HardwareError
-from lowmem.planner.plan import Card
+from lowmem.planner.plan import Card, Rates
 from lowmem.units import GIB, MIB, format_bytes, parse_bytes
 
 _CONTEXT = 500 * MIB  # CUDA context and kernels once all are loaded
@@ -46,6 +46,10 @@ class CardFacts:
     tflops: float
     desktop: bool
 
+    @property
+    def rates(self) -> Rates:
+        return Rates(self.name, self.tflops, self.bandwidth)
+
 
 def find_card(gpu: str, device: str) -> Card:
     """The card that `gpu` means; `device` ("auto", "cpu", "cuda") decides what "auto" measures.
@@ -60,7 +64,7 @@ def find_card(gpu: str, device: str) -> Card:
     if _SIZE.fullmatch(gpu):
         return _checked(_preset(gpu.strip(), _exact_bytes(gpu), desktop=True), gpu)
     facts = card_facts(gpu)
-    return _preset(facts.name, facts.total, facts.desktop)
+    return _preset(facts.name, facts.total, facts.desktop, facts.rates)
 
 
 def card_facts(name: str) -> CardFacts:
@@ -100,15 +104,17 @@ def _sold_as(word: str) -> list[CardFacts]:
     return sorted(found.values(), key=lambda card: card.total)
 
 
-def _preset(name: str, total: int, desktop: bool) -> Card:
+def _preset(name: str, total: int, desktop: bool, rates: Rates | None = None) -> Card:
     others = _OTHERS if desktop else 0
-    return Card(name, total, _CONTEXT, others, round(_MARGIN * total), "preset")
+    margin = round(_MARGIN * total)
+    return Card(name, total, _CONTEXT, others, margin, "preset", rates=rates)
 
 
 def _class_card(gib: float) -> Card:
     row = _table()["classes"].get(f"{gib:g}")
     if row is not None:
-        return _preset(f"{gib:g}GB card", row["mib"] * MIB, row["desktop"])
+        rates = card_facts(row["like"]).rates
+        return _preset(f"{gib:g}GB card", row["mib"] * MIB, row["desktop"], rates)
     total = round(gib * 0.999 * 1024) * MIB
     name = f"{gib:g}GB card, taken as {total // MIB} MiB"
     return _preset(name, total, desktop=True)
@@ -156,7 +162,17 @@ def _measured_card() -> Card:
     # Kernels are loaded when first used, so the context will still grow to about the preset.
     others = max(used - _CONTEXT, 0)
     name = torch.cuda.get_device_name()
-    return Card(name, total, _CONTEXT, others, round(_MARGIN * total), "measured")
+    margin, rates = round(_MARGIN * total), rates_of_device(name, total)
+    return Card(name, total, _CONTEXT, others, margin, "measured", rates=rates)
+
+
+def rates_of_device(name: str, total: int) -> Rates | None:
+    """The table's rates for a device as its driver names it, None where it is not in the table."""
+    known, word = _cards(), _squash(name)
+    if word in known:
+        return known[word].rates
+    sizes = _sold_as(word)
+    return min(sizes, key=lambda card: abs(card.total - total)).rates if sizes else None
 
 
 def _host_card() -> Card:

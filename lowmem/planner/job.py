@@ -84,7 +84,20 @@ class Job:
 
     def fits(self, choice: Choice, room: int) -> bool:
         """Does the estimated peak stay within `room` bytes? The cheap bound is asked first."""
-        return self.persistent(choice) <= room and self.peak(choice) <= room
+        return self.bound(choice) <= room and self.peak(choice) <= room
+
+    def bound(self, choice: Choice) -> int:
+        """A lower bound without a rehearsal: what persists, and what a backward pass cannot avoid.
+
+        At its beginning the input of every block, at its end every gradient where none is used
+        or summed before.
+        """
+        element = DTYPES[choice.weights].itemsize
+        tokens = choice.micro_batch * self.seq_len
+        inputs = self.model.num_hidden_layers * tokens * self.model.hidden_size * element
+        whole = choice.update == "unfused" and choice.accumulate == 1
+        gradients = self.model.parameters * element if whole else 0
+        return self.persistent(choice) + max(inputs, gradients)
 
     def persistent(self, choice: Choice) -> int:
         """Weights, states and held sums: a lower bound, from the method's own `init`."""

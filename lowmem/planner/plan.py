@@ -6,9 +6,19 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowmem.config.schema import Config, Level, UpdateMode, WeightFormat
+from lowmem.config.schema import Config, Level, UpdateMode, WeightFormat, settled
+from lowmem.planner.quality import Penalty
 
 SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """tflops: bf16 products summed in float32. bandwidth: GB/s. Both of `card` in cards.toml."""
+
+    card: str
+    tflops: float
+    bandwidth: float
 
 
 @dataclass(frozen=True)
@@ -17,6 +27,7 @@ class Card:
 
     total: as the driver reports it. context: CUDA context and loaded kernels. others: desktop and
     other processes. margin: kept free against what no model sees. source: preset | measured.
+    rates: how fast it is, None where unknown.
     """
 
     name: str
@@ -26,6 +37,7 @@ class Card:
     margin: int
     source: str
     kind: str = "cuda"  # "cuda", or "cpu" where the budget is host memory
+    rates: Rates | None = None
 
     @property
     def usable_bytes(self) -> int:
@@ -74,6 +86,19 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Estimated time of training alone, without evaluation, saving and reading text.
+
+    parts: of an update's seconds, by what they are for. error: a fraction, to either side.
+    """
+
+    tokens_per_second: float
+    seconds_per_update: float
+    parts: dict[str, float]
+    error: float
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One row of the table of alternatives."""
 
@@ -82,6 +107,7 @@ class Candidate:
     peak_bytes: int  # reserved; a lower bound where `bound` is true
     bound: bool = False
     reason: str = ""  # why it was not taken
+    quality: Penalty | None = None  # by the published evidence
 
 
 @dataclass(frozen=True)
@@ -102,10 +128,19 @@ class Plan:
     candidates: list[Candidate] = field(default_factory=list)
     fixes: list[Fix] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what nobody gave, and why it became this
+    speed: Speed | None = None  # None where no rates are known
+    quality: Penalty | None = None  # by the published evidence
 
     @property
     def fits(self) -> bool:
         return self.memory.reserved <= self.card.usable_bytes
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Of all updates."""
+        if self.speed is None:
+            return None
+        return settled(self.config.train.updates) * self.speed.seconds_per_update
 
     def to_json(self) -> dict[str, Any]:
         """The published form: plain numbers, strings, lists and tables."""
@@ -120,6 +155,9 @@ class Plan:
             "instant": self.memory.instant,
             "parts": self.memory.parts,
             "choice": asdict(self.choice),
+            "quality": None if self.quality is None else asdict(self.quality),
+            "speed": None if self.speed is None else asdict(self.speed),
+            "training_seconds": self.training_seconds,
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "fixes": [asdict(fix) for fix in self.fixes],
             "card": asdict(self.card),

@@ -1,8 +1,9 @@
 """Fit a configuration to a card: the best kind that fits, and why the others were not taken.
 
-Kinds are tried in the order of `candidates.py`. A sum of weights, states and held gradients
-rejects most of what cannot fit; the rest is estimated (`job.py`). The winner is rehearsed whole,
-and if that says more than was expected the search learns it and looks again.
+Kinds are tried in the order of `candidates.py`. A sum of weights, states, held gradients and block
+inputs rejects most of what cannot fit; of a method that nobody named the smallest kind speaks for
+all. The rest is estimated (`job.py`). The winner is rehearsed whole, and if that says more than was
+expected the search learns it and looks again.
 """
 
 from collections.abc import Mapping
@@ -18,17 +19,21 @@ from lowmem.planner.candidates import (
     kinds,
     levels,
     modes,
+    quality,
+    rank_share,
     sheet_settings,
     sums_projected,
 )
 from lowmem.planner.fixes import fixes
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Candidate, Card, Choice, Memory, Plan
+from lowmem.planner.speed import Timed, estimate, require_rates, within_hours
 from lowmem.units import format_bytes
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed
 ATTEMPTS = 8
 _SECANTS = 4
+_BESIDE = 2  # methods shown after the choice
 _RIVALS = 8  # rehearsed to say which is smallest when nothing fits
 ENOUGH_TOKENS = 2048  # below that matmuls are slow, and recomputation is the better price
 
@@ -38,6 +43,8 @@ def make_plan(config: Config, card: Card, notes: list[str]) -> Plan:
 
     ConfigError: settings that contradict one another.
     """
+    if config.train.hours is not None:
+        require_rates(card, settled(config.train.weights))
     job = Job.of(config, card)
     for _ in range(ATTEMPTS):
         rows, choice = search(job, card.usable_bytes)
@@ -46,8 +53,17 @@ def make_plan(config: Config, card: Card, notes: list[str]) -> Plan:
             break
         job.learn(choice, memory)  # and look again, at this choice's neighbours
     rows = [_exact(row, memory, card) if row.choice == choice else row for row in rows]
+    rows = [replace(row, quality=quality(kind_of(row.choice), job.model)) for row in rows]
     filled = _filled(config, choice, job.model)
-    plan = Plan(filled, card, choice, memory, rows, [], [*notes, *_said(config, filled, job.model)])
+    speed = estimate(Timed(job.model, filled.optimizer, choice, job.rows, job.seq_len), card)
+    if config.train.hours is not None and speed is not None:
+        filled, note = within_hours(filled, config.train.hours, speed, job.model)
+        notes = [*notes, note]
+    if config.optimizer.method == "auto" and memory.reserved <= card.usable_bytes:
+        notes = [*notes, f"method {choice.method}: the best published quality that fits"]
+    notes = [*notes, *_said(config, filled, job.model)]
+    cost = quality(kind_of(choice), job.model)
+    plan = Plan(filled, card, choice, memory, rows, [], notes, speed, cost)
     return plan if plan.fits else replace(plan, fixes=list(fixes(job, choice, memory)))
 
 
@@ -59,18 +75,27 @@ def _exact(row: Candidate, memory: Memory, card: Card) -> Candidate:
 
 
 def search(job: Job, room: int) -> tuple[list[Candidate], Choice]:
-    """(rows of the table, the choice): the first kind that fits in `room`, or the smallest."""
+    """(rows of the table, the choice): the first kind that fits in `room`, or the smallest.
+
+    Behind the choice stand the methods that come next in quality.
+    """
     rows: list[Candidate] = []
     chosen: Choice | None = None
-    for kind in kinds(job.config, job.model):
-        if chosen is not None:
-            if not any(row.choice.method == kind.method and row.fits for row in rows):
-                rows.append(_beside(job, kind, chosen, room))
+    hopeless: set[str] = set()
+    tried = kinds(job.config, job.model)
+    smallest = _smallest_kinds(job, tried)
+    for kind in tried:
+        if kind.method in hopeless:
             continue
-        row = _best(job, kind, room)
-        rows.append(row)
-        if row.fits:
-            chosen = row.choice
+        least = smallest.get(kind.method)
+        beyond = None if least is None else _beyond(job, least, room)
+        rows.append(beyond or _best(job, kind, room))
+        if rows[-1].fits:
+            chosen = rows[-1].choice
+            rows += _besides(job, tried, rows, room)
+            break
+        if beyond or (least is not None and not _any_fits(job, least, room)):
+            hopeless.add(kind.method)
     if chosen is None:
         chosen = _least(job)
         row = _too_large(job, chosen, room)
@@ -78,14 +103,56 @@ def search(job: Job, room: int) -> tuple[list[Candidate], Choice]:
     return rows, chosen
 
 
+def _smallest_kinds(job: Job, tried: list[Kind]) -> dict[str, Kind]:
+    """The smallest kind of each method, where the planner may choose it: least rank, 8-bit moments.
+
+    Where that does not fit nothing of its method does. Of a method that the user named every kind
+    is looked at.
+    """
+    if job.config.optimizer.method != "auto":
+        return {}
+
+    def size(kind: Kind) -> tuple[float, bool]:
+        return rank_share(kind.rank, job.model) or 0.0, kind.states != "8bit"
+
+    return {kind.method: kind for kind in sorted(tried, key=size, reverse=True)}
+
+
+def _beyond(job: Job, least: Kind, room: int) -> Candidate | None:
+    """The row of a method whose smallest kind needs more than `room` by the cheap bound alone."""
+    choice = min(_all_smallest(job, least), key=job.bound)
+    bound = job.bound(choice)
+    if bound <= room:
+        return None
+    more = "" if job.persistent(choice) > room else ", gradients and block inputs"
+    reason = f"{format_bytes(bound - room)} too much in weights, states and sums{more} alone"
+    return Candidate(choice, False, bound, bound=True, reason=reason)
+
+
+def _any_fits(job: Job, kind: Kind, room: int) -> bool:
+    return any(job.fits(choice, room) for choice in _all_smallest(job, kind))
+
+
+def _all_smallest(job: Job, kind: Kind) -> list[Choice]:
+    allowed = modes(job.config, kind, job.rows)
+    return [choice for mode in allowed for choice in _smallest(job, kind, mode)]
+
+
+def _besides(job: Job, tried: list[Kind], rows: list[Candidate], room: int) -> list[Candidate]:
+    """The next methods in order, with the settings of the last row, which is the choice."""
+    shown = {row.choice.method for row in rows}
+    left: dict[str, Kind] = {}
+    for kind in tried:
+        if kind.method not in shown:
+            left.setdefault(kind.method, kind)
+    return [_beside(job, kind, rows[-1].choice, room) for kind in list(left.values())[:_BESIDE]]
+
+
 def _least(job: Job) -> Choice:
     """The smallest settings of all: of those with the fewest persistent bytes, the lowest peak."""
-    options = [
-        choice
-        for kind in kinds(job.config, job.model)
-        for mode in modes(job.config, kind, job.rows)
-        for choice in _smallest(job, kind, mode)
-    ]
+    tried = kinds(job.config, job.model)
+    smallest = list(_smallest_kinds(job, tried).values())
+    options = [choice for kind in smallest or tried for choice in _all_smallest(job, kind)]
     return min(sorted(options, key=job.persistent)[:_RIVALS], key=job.peak)
 
 
@@ -96,9 +163,11 @@ def _best(job: Job, kind: Kind, room: int) -> Candidate:
         found = _fastest(job, kind, mode, room)
         if found is not None:
             return Candidate(found, True, job.peak(found), reason="chosen")
-    smallest = [choice for mode in allowed for choice in _smallest(job, kind, mode)]
-    failed = [_too_large(job, choice, room) for choice in smallest]
-    return min(failed, key=lambda row: (row.bound, row.peak_bytes))
+    smallest = _all_smallest(job, kind)
+    if job.config.optimizer.method == "auto":  # one kind of many: a row without rehearsals
+        return _too_large(job, min(smallest, key=job.bound), room)
+    rows = [_too_large(job, choice, room) for choice in smallest]
+    return min(rows, key=lambda row: (row.bound, row.peak_bytes))
 
 
 def _too_large(job: Job, least: Choice, room: int) -> Candidate:
@@ -118,6 +187,9 @@ def _beside(job: Job, kind: Kind, chosen: Choice, room: int) -> Candidate:
     if mode == "fused+subspace" and not sums_projected(kind, job.config.optimizer):
         mode = "unfused"
     settings = job.choice(kind, mode, chosen.recompute, chosen.micro_batch)
+    bound = job.bound(settings)
+    if bound > room:
+        return Candidate(settings, False, bound, bound=True, reason="does not fit so")
     peak = job.peak(settings)
     fits = peak <= room
     reason = "fits; comes after the choice in published quality" if fits else "does not fit so"

@@ -2,10 +2,12 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
 from lowmem.cli.console import Console
+from lowmem.planner.plan import Rates, Speed
 from lowmem.train.events import Started, Trained
 from lowmem.units import GIB
 from tests.cli.example_plan import example_plan
@@ -36,7 +38,7 @@ def test_a_plan_shows_choice_parts_alternatives_and_notes(
     rows = [
         line.split() for line in text.splitlines() if line.lstrip(" >")[:2] in ("1 ", "2 ", "3 ")
     ]
-    assert rows[0] == [
+    assert rows[0][:10] == [
         ">1",
         "galore",
         "512",
@@ -64,6 +66,43 @@ def test_a_plan_shows_choice_parts_alternatives_and_notes(
     assert "a higher rank fits" in text
     assert "4.46 GiB too much" in text
     assert "clip off: update is fused" in text
+
+
+def test_a_plan_says_how_long_it_takes_in_units_of_people() -> None:
+    plan = example_plan()
+    train = plan.config.train.model_copy(update={"updates": 150_000})
+    card = replace(plan.card, rates=Rates("rtx4090", 165.2, 1008))
+    config = plan.config.model_copy(update={"train": train})
+    speed = Speed(1703.0, 77.0, {"products": 77.0}, 0.25)
+    out = io.StringIO()
+    timed = replace(plan, card=card, config=config, speed=speed)
+    Console(out=out).plan(timed, as_result=True)
+    lines = [line for line in out.getvalue().splitlines() if line.startswith(("Speed", "Time"))]
+    assert lines == [
+        "Speed   about 1.70 k tokens/s, 77 s per update, by rates of rtx4090"
+        " (+-25 %, uncalibrated)",
+        "Time    about 4.4 months for 19.7 B tokens in 150000 updates, without evaluation",
+    ]
+
+
+def test_without_rates_a_plan_says_why_there_is_no_speed() -> None:
+    out = io.StringIO()
+    Console(out=out).plan(example_plan(), as_result=True)
+    assert "Speed   not estimated: no rates are known for RTX 4090" in out.getvalue()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_no_penalty_is_printed_without_its_source(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    text = printed(monkeypatch, columns)
+    sentence = "-0.049 nats against tuned AdamW (arXiv:2403.03507, Table 3)"
+    assert f"Quality {sentence}" in text
+    assert f" 1: {sentence}" in text
+    assert " 2: +0.013 nats against tuned AdamW (arXiv:2403.03507, Table 3; no evidence for" in text
+    head = next(line for line in text.splitlines() if "method" in line).split()
+    assert ("nats" in head) == (columns == 120)
+    assert text.count("-0.049") == (3 if columns == 120 else 2)
 
 
 def test_no_row_of_the_table_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.config.defaults import rows_of, settle
+from lowmem.config.defaults import rows_of, settle, with_updates
 from lowmem.config.load import flatten
 from lowmem.config.schema import Config
 from lowmem.errors import ConfigError
@@ -128,6 +128,16 @@ def test_a_budget_of_tokens_becomes_updates(tokens: int | str, updates: int) -> 
     config, notes = settled(data={"seq_len": 256}, train={"tokens": tokens, "batch": "8seq"})
     assert (config.train.updates, config.train.tokens) == (updates, None)
     assert not any(note.startswith("updates") for note in notes)
+
+
+def test_hours_leave_the_updates_to_the_planner() -> None:
+    config, notes = settled(cuda=True, train={"hours": 48})
+    assert (config.train.hours, config.train.updates) == (48, "auto")
+    assert (config.evaluate.every, config.checkpoint.every) == ("auto", "auto")
+    assert not any(note.startswith("updates") for note in notes)
+    known = with_updates(config, 5000)
+    assert (known.train.hours, known.train.updates) == (None, 5000)
+    assert (known.evaluate.every, known.checkpoint.every) == (1000, 1000)
 
 
 @pytest.mark.parametrize(("cuda", "updates"), [(True, 1000), (False, 500)])

@@ -1,5 +1,6 @@
 """Precedence, origins, and every mistake told at once with its place."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -69,16 +70,33 @@ def test_a_model_name_replaces_the_table_of_a_file(tmp_path: Path) -> None:
     assert load({"model": "llama-60m"}, [path], {}).config.model == "llama-60m"
 
 
-@pytest.mark.parametrize(("strong", "weak"), [("updates", "tokens"), ("tokens", "updates")])
+@pytest.mark.parametrize(
+    ("strong", "weak"), list(itertools.permutations(["updates", "tokens", "hours"], 2))
+)
 def test_a_stronger_budget_replaces_the_other_form(tmp_path: Path, strong: str, weak: str) -> None:
     path = written(tmp_path, f"[train]\n{weak} = 77\n")
     train = load({f"train.{strong}": "5"}, [path], {}).config.train
-    assert (train.updates, train.tokens) == ((5, None) if strong == "updates" else ("auto", 5))
+    unset = {"updates": "auto", "tokens": None, "hours": None}
+    assert {name: getattr(train, name) for name in unset} == unset | {strong: 5}
 
 
 def test_two_budgets_in_one_file_are_a_contradiction(tmp_path: Path) -> None:
     path = written(tmp_path, "[train]\nupdates = 5\ntokens = 77\n")
-    assert "updates or tokens, not both" in complaint({}, [path], {}).why
+    assert "one of updates, tokens and hours" in complaint({}, [path], {}).why
+
+
+@pytest.mark.parametrize("other", ["train.updates", "train.tokens"])
+def test_hours_beside_another_budget_are_a_contradiction(other: str) -> None:
+    error = complaint({"train.hours": "48", other: "100"}, [], {})
+    assert "one of updates, tokens and hours" in error.why
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "inf", "nan", "two days"])
+def test_hours_that_are_none_are_refused(hours: str) -> None:
+    assert (
+        f"train.hours  {hours} must be a number above 0"
+        in complaint({"train.hours": hours}, [], {}).why
+    )
 
 
 def test_the_file_named_by_the_environment_is_the_weakest(tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 import itertools
 import re
 import tomllib
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from lowmem.config.presets import read_preset
-from lowmem.config.schema import Config
+from lowmem.config.schema import Config, StateFormat
 from lowmem.config.toml import to_toml
 from lowmem.errors import ConfigError
 from lowmem.optim.assign import takes_rank
@@ -39,12 +39,50 @@ def found(hidden_size: int = 128, **optimizer: Any) -> list[tuple[str, Any, str]
 
 
 def test_the_order_is_that_of_published_quality() -> None:
-    """Full rank first, then GaLore from a quarter of the hidden size down, moments exact first."""
-    assert found() == [
+    """Nothing was published of so small a model: AdamW first, others by what is least doubted."""
+    assert found()[:3] == [
         ("adamw", None, "fp32"),
         ("adam8bit", None, "8bit"),
-        *(("galore", rank, states) for rank in (32, 16, 8, 4) for states in ("fp32", "8bit")),
+        ("muon", None, "fp32"),
     ]
+    galore = [kind for kind in found() if kind[0] == "galore"]
+    assert galore == [
+        ("galore", rank, states) for rank in (32, 16, 8, 4) for states in ("fp32", "8bit")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "methods"),
+    [
+        ("llama-60m", ["muon", "stable_spam", "adamw"]),  # 28.86, 28.81, 30.05
+        ("llama-350m", ["scale", "muon", "apollo", "stable_spam"]),  # 16.32, 16.70, 16.80, 16.82
+        ("llama-1b", ["stable_spam", "apollo_mini", "muon"]),  # 13.94, 14.15, 14.18
+        ("llama-7b", ["scale", "apollo", "apollo_mini", "adamw", "adam8bit", "galore"]),
+    ],
+)
+def test_the_best_published_come_first(preset: str, methods: list[str]) -> None:
+    order = [kind.method for kind in kinds(config(), read_preset(preset))]
+    assert list(dict.fromkeys(order))[: len(methods)] == methods
+
+
+def test_a_given_rank_leaves_methods_of_which_ranks_are_published() -> None:
+    """APOLLO-Mini of rank 7 would not be the Mini of the tables."""
+    for rank in (7, 0.3, {"attention": 8, "mlp": 16}):
+        assert {kind[0] for kind in found(rank=rank)} == {"galore", "q_galore", "fira", "apollo"}
+
+
+@pytest.mark.parametrize("given", [{"gap": 0}, {"rank": 8, "gap": 0}, {"gapp": 3}])
+def test_what_suits_no_method_is_told(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.gap"):
+        found(**given)
+
+
+def test_what_suits_some_methods_leaves_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    def picky(*, rank: Literal[4] = 4, states: StateFormat = "fp32") -> ByRole:
+        return METHODS["galore"].build(rank=rank, states=states)
+
+    monkeypatch.setitem(METHODS, "galore", MethodSpec(picky, {"any": {"lr": 0.1}}, ""))
+    assert {kind[0] for kind in found(rank=7)} == {"q_galore", "fira", "apollo"}
 
 
 def test_small_models_have_fewer_ranks_and_no_rank_below_four() -> None:

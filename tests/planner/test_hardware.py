@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowmem.errors import ConfigError, HardwareError
-from lowmem.planner.hardware import _available_memory, card_facts, find_card
+from lowmem.planner.hardware import _available_memory, card_facts, find_card, rates_of_device
 from lowmem.units import GIB, MIB
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,36 @@ def test_usable_is_what_context_desktop_and_margin_leave() -> None:
     assert card.usable_bytes == 24564 * MIB - 800 * MIB - round(0.03 * 24564 * MIB)
     assert find_card("a100-80gb", "auto").others == 0
     assert find_card("80GB", "auto").others == 0
+
+
+@pytest.mark.parametrize("gib", TABLE["classes"])
+def test_a_class_has_the_rates_of_a_card_with_about_its_memory(gib: str) -> None:
+    row = TABLE["classes"][gib]
+    like = card_facts(row["like"])
+    assert like.total == pytest.approx(row["mib"] * MIB, rel=0.01)
+    assert find_card(f"{gib}GB", "auto").rates == like.rates
+
+
+def test_a_size_that_is_no_card_has_no_rates() -> None:
+    assert find_card("24GiB", "auto").rates is None
+    assert find_card("18GB", "auto").rates is None
+    assert find_card("auto", "cpu").rates is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "gib", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+        ("NVIDIA H200", 141, "h200"),
+        ("NVIDIA GeForce RTX 3060", 12, "rtx3060-12gb"),
+        ("NVIDIA GeForce RTX 4060 Ti", 8, "rtx4060ti-8gb"),
+        ("NVIDIA GeForce RTX 4060 Ti", 16, "rtx4060ti-16gb"),
+        ("Imagined Accelerator 9", 24, None),
+    ],
+)
+def test_rates_of_a_device_at_hand(driver: str, gib: int, card: str | None) -> None:
+    rates = rates_of_device(driver, gib * GIB)
+    assert rates == (card_facts(card).rates if card else None)
 
 
 @pytest.mark.parametrize("gpu", ["0GB", "0", "24", "100MiB", "5000GB", "2TB", "-5GB", "4x"])

@@ -6,19 +6,26 @@ from dataclasses import replace
 import pytest
 
 from lowmem.config.schema import Config
-from lowmem.planner.plan import Candidate, Card, Choice, Fix, Memory, Plan
+from lowmem.planner.plan import Candidate, Card, Choice, Fix, Memory, Plan, Rates, Speed
+from lowmem.planner.quality import Penalty
 
-CARD = Card("rtx4090", total=24_000, context=500, others=300, margin=200, source="preset")
+RATES = Rates("rtx4090", 165.2, 1008)
+CARD = Card(
+    "rtx4090", total=24_000, context=500, others=300, margin=200, source="preset", rates=RATES
+)
 CHOICE = Choice("galore", {"mlp": 8, "attention": 4}, "8bit", "bf16", "unfused", "attn", 4, 3, 1.0)
 MEMORY = Memory(9000, 9500, 10_000, {"weights": 4000, "states": 5000}, "backward of block 2, loss")
+SPEED = Speed(1000.0, 20.0, {"products": 15.0, "optimizer": 5.0}, 0.25)
 PLAN = Plan(
-    Config(),
+    Config.model_validate({"train": {"updates": 30}}),
     CARD,
     CHOICE,
     MEMORY,
     [Candidate(replace(CHOICE, method="adamw", rank=None), False, 30_000, True, "7 B too much")],
     [Fix("--recompute full", 1000, True)],
     ["lr 0.01: arXiv:2403.03507"],
+    SPEED,
+    Penalty(0.04, "arXiv:2403.03507, Table 2", "no evidence", ("this size",)),
 )
 
 
@@ -57,6 +64,19 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
         "instant": "backward of block 2, loss",
         "parts": {"weights": 4000, "states": 5000},
         "choice": choice,
+        "quality": {
+            "nats": 0.04,
+            "source": "arXiv:2403.03507, Table 2",
+            "mark": "no evidence",
+            "doubts": ["this size"],
+        },
+        "speed": {
+            "tokens_per_second": 1000.0,
+            "seconds_per_update": 20.0,
+            "parts": {"products": 15.0, "optimizer": 5.0},
+            "error": 0.25,
+        },
+        "training_seconds": 600.0,
         "candidates": [
             {
                 "choice": choice | {"method": "adamw", "rank": None},
@@ -64,6 +84,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
                 "peak_bytes": 30_000,
                 "bound": True,
                 "reason": "7 B too much",
+                "quality": None,
             }
         ],
         "fixes": [{"flags": "--recompute full", "saves": 1000, "fits": True}],
@@ -75,6 +96,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
             "margin": 200,
             "source": "preset",
             "kind": "cuda",
+            "rates": {"card": "rtx4090", "tflops": 165.2, "bandwidth": 1008},
         },
         "notes": ["lr 0.01: arXiv:2403.03507"],
     }
