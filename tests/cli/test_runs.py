@@ -221,7 +221,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(
         (2, ["train", "--method", "galor"], "did you mean `galore`?"),
         (2, ["train", "--rank", "0"], "0 must be a whole number of at least 1"),
         (2, ["train", "--batch", "many"], "write it like 32seq"),
-        (2, ["train", "--updates", "3", "--tokens", "5"], "updates or tokens, not both"),
+        (2, ["train", "--updates", "3", "--tokens", "5"], "give one of updates, tokens and hours"),
         (2, ["train", "--config", "nothing.toml"], "this file does not exist"),
         (2, ["train", "--model", "nothing/config.json"], "neither a preset nor a file"),
         (2, ["train", "--model", "llama-60mm"], "did you mean `llama-60m`?"),
