@@ -8,7 +8,7 @@
 
 Each returns (vectors, usable): (s, r) and a 0-dim bool that is false where the gradient holds NaN
 or infinity or the decomposition failed; the vectors are then meaningless and the caller keeps what
-it had. Nothing waits for the device.
+it had. `iteration` never waits for the device; on CUDA, eigh and svd read their status back.
 """
 
 from typing import Literal

@@ -19,7 +19,7 @@ from lowmem.optim.lifts import Lift
 from lowmem.optim.place import Place
 from lowmem.optim.projectors import Projector
 from lowmem.optim.refresh import Refresh
-from lowmem.optim.rules import Rule, whole
+from lowmem.optim.rules import Rule, SubspaceRule, whole
 from lowmem.optim.weights import Step
 
 OnRefresh = Literal["keep", "reset", "rotate"]
@@ -140,7 +140,7 @@ class Projected:
     """
 
     projector: Projector
-    rule: Rule
+    rule: SubspaceRule
     lift: Lift
     refresh_when: Refresh
     on_refresh: OnRefresh = "keep"

@@ -63,6 +63,10 @@ class Rule(Protocol):
     def reset(self, state: State) -> None:
         """Forget the moments."""
 
+
+class SubspaceRule(Rule, Protocol):
+    """A rule that also makes sense of a projected gradient, where rows or heads mean nothing."""
+
     def rotate(self, state: State, transition: Tensor, right: bool) -> None:
         """Express the moments in a new basis. transition: P_new' P_old, (r, r)."""
 

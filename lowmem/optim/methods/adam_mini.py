@@ -65,9 +65,6 @@ class AdamMini:
     def reset(self, state: State) -> None:
         fill_zero(state, "exp_avg", "exp_avg_sq")
 
-    def rotate(self, state: State, transition: Tensor, right: bool) -> None:
-        raise NotImplementedError("blocks of a projected gradient mean nothing")
-
 
 def block_rows(like: Tensor, place: Place) -> int:
     """Rows that share a second moment: a head, a neuron or token, a whole norm, a bias' element."""

@@ -24,7 +24,7 @@ from lowmem.optim.orthonormal import (
 from lowmem.optim.projectors import Projector
 from lowmem.optim.refresh import Every
 from lowmem.optim.residuals import ROUNDING, SgdResidual, SignResidual
-from lowmem.optim.rules import Adam, Lion, Rule, Sgd
+from lowmem.optim.rules import Adam, Lion, Sgd, SubspaceRule
 
 Projection = Literal["blocks", "svd", "random", "randperm", "columns", "rows", "randk"]
 StateFree = Literal["sign_sgd", "sgd", "no"]
@@ -77,7 +77,7 @@ def frugal(
     two moments of density * m n elements; svd and random also P in float32, randk int32 positions.
     """
     format = format_named(states, min_8bit, floor_codes)
-    rule: Rule
+    rule: SubspaceRule
     match base:
         case "adam":
             rule = Adam(betas or (0.9, 0.999), eps, bias, format)

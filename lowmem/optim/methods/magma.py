@@ -19,7 +19,7 @@ from lowmem.optim.methods.diffgrad import DiffGrad
 from lowmem.optim.methods.exadam import ExAdam
 from lowmem.optim.methods.spec import MethodSpec
 from lowmem.optim.place import Place
-from lowmem.optim.rules import Adam, Direction, Rule
+from lowmem.optim.rules import Adam, Direction, Rule, SubspaceRule
 from lowmem.optim.weights import Step
 
 _ALIGNMENT = "log.alignment"
@@ -68,6 +68,13 @@ class Aligned:
     def reset(self, state: State) -> None:
         self.rule.reset(state)
 
+
+@dataclass(frozen=True)
+class AlignedInSubspace(Aligned):
+    """The same for a rule that may be rotated into a new basis."""
+
+    rule: SubspaceRule
+
     def rotate(self, state: State, transition: Tensor, right: bool) -> None:
         self.rule.rotate(state, transition, right)
 
@@ -115,16 +122,22 @@ class Masked:
 
 def behind_mask(method: Method, survival: float, temperature: float, smoothing: float) -> Masked:
     """`method` with the mask before its steps. TypeError if it is not one of `can_wrap`."""
-    if not (isinstance(method, Dense | Projected) and isinstance(method.rule, _WITH_MOMENT)):
-        raise TypeError(f"{type(method).__name__} has no first moment to compare gradients with")
-    rule = method.rule
-    aligned = Aligned(rule, rule.betas[0], rule.format, temperature, smoothing)
-    return Masked(replace(method, rule=aligned), survival)
+    if isinstance(method, Projected) and isinstance(method.rule, Adam):
+        inside = method.rule
+        low = AlignedInSubspace(inside, inside.betas[0], inside.format, temperature, smoothing)
+        return Masked(replace(method, rule=low), survival)
+    if isinstance(method, Dense) and isinstance(method.rule, _WITH_MOMENT):
+        rule = method.rule
+        dense = Aligned(rule, rule.betas[0], rule.format, temperature, smoothing)
+        return Masked(replace(method, rule=dense), survival)
+    raise TypeError(f"{type(method).__name__} has no first moment to compare gradients with")
 
 
 def can_wrap(method: Method) -> bool:
     """Has it a rule whose exp_avg is M <- b1 M + (1 - b1) G, of the gradient or its projection?"""
-    return isinstance(method, Dense | Projected) and isinstance(method.rule, _WITH_MOMENT)
+    if isinstance(method, Projected):
+        return isinstance(method.rule, Adam)
+    return isinstance(method, Dense) and isinstance(method.rule, _WITH_MOMENT)
 
 
 def magma(

@@ -67,9 +67,6 @@ class RowsAndColumns:
     def reset(self, state: State) -> None:
         fill_zero(state, "row_scale", "column_scale", "limited_norm")
 
-    def rotate(self, state: State, transition: Tensor, right: bool) -> None:
-        raise NotImplementedError("rows and columns of a projected gradient mean nothing")
-
 
 def principal_pair(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """(q, s), (m,) and (n,): q s' is nearly the best rank-1 approximation of G^2.

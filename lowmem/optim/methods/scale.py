@@ -59,9 +59,6 @@ class Normalised:
         if self.momentum:
             fill_zero(state, "exp_avg")
 
-    def rotate(self, state: State, transition: Tensor, right: bool) -> None:
-        raise NotImplementedError("the outputs of a projected gradient are not those of the weight")
-
 
 def scale(
     *,

@@ -113,7 +113,7 @@ def theirs_after(
     gradients: list[dict[str, Tensor]],
     hessians: list[dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    peer = pytest.importorskip("pytorch_optimizer")
+    peer = pytest.importorskip("pytorch_optimizer", reason="a development extra")
     theirs = {name: nn.Parameter(weight.clone()) for name, weight in first.items()}
     reference = getattr(peer, cls)(list(theirs.values()), foreach=False, **options)
     for gradient, hessian in zip(gradients, hessians, strict=True):
