@@ -23,7 +23,7 @@ from lowmem.optim.composition import by_role
 from lowmem.optim.method import ByRole
 from lowmem.optim.methods import METHODS, MethodSpec, method_names, method_spec
 from lowmem.optim.methods.third_party import package_of, refused
-from lowmem.planner.candidates import OWN, Kind, kinds, modes
+from lowmem.planner.candidates import OWN, Kind, families, modes
 
 _FORMATS = ("fp32", "bf16", "8bit")
 _LETTERS = {"unfused": "U", "fused+subspace": "S", "fused": "F"}
@@ -86,7 +86,7 @@ def _meta_weights(model: ModelConfig) -> tuple[dict[str, Tensor], dict[str, str]
 def _kinds(name: str, model: ModelConfig) -> list[Kind]:
     """The method in every format, of its recipe's rank."""
     given = [{"states": states} for states in method_spec(name).states] or [{}]
-    return [kinds(_configured(name, **g), model)[0] for g in given]
+    return [families(_configured(name, **g), model)[0].best for g in given]
 
 
 def _configured(name: str, **settings: Any) -> Config:
@@ -113,7 +113,7 @@ def _record(name: str, spec: MethodSpec) -> dict[str, Any]:
 
 def _updates(name: str) -> list[str]:
     """The update modes that suit a method: those that the planner tries."""
-    kind = kinds(_configured(name), read_preset(f"llama-{_COMPARED}"))[0]
+    kind = families(_configured(name), read_preset(f"llama-{_COMPARED}"))[0].best
     return list(modes(_configured(name), kind, rows=1))
 
 

@@ -41,8 +41,8 @@ def settle(config: Config, *, cuda: bool) -> tuple[Config, list[str]]:
     if config.train.hours is None:
         updates = _updates(config, model, rows * seq_len, device, notes)
     weights = config.train.weights
-    if weights == "auto":
-        weights = "bf16" if device == "cuda" else "fp32"
+    if weights == "auto" and device == "cpu":
+        weights = "fp32"  # on a card the planner chooses
     changes: dict[str, Any] = {
         "train": {
             "device": device,

@@ -7,6 +7,7 @@ device) or by the planner (what follows from the memory); what a user wrote is n
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,17 +20,33 @@ from pydantic import (
     model_validator,
 )
 
+from lowmem.config.recompute import checked
 from lowmem.units import parse_batch, parse_count
 
 Auto = Literal["auto"]
 StateFormat = Literal["fp32", "bf16", "8bit"]
-WeightFormat = Literal["fp32", "bf16"]
+WeightFormat = Literal["fp32", "bf16", "int8"]
 UpdateMode = Literal["unfused", "fused+subspace", "fused"]
-Level = Literal["keep", "attn", "full"]
-Role = Literal["attention", "mlp"]
+Role = Literal[
+    "attention",
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.o",
+    "mlp",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+]
+Fit = Literal["fit", "fit-fraction", "fit-mlp"]
+"""The largest rank that the card holds: one number; one share of every matrix's shorter side; or
+twice as much for the MLP as for attention."""
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
 """A positive number that may be written "1.1B" or "131k"."""
+
+Recompute = Annotated[str, AfterValidator(checked)]
+"""A level, or levels from the last block downwards: see `config/recompute.py`."""
 
 Rank = PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)]
 """A number of dimensions, or a fraction of a matrix's shorter side."""
@@ -162,8 +179,10 @@ class OptimizerConfig(Section):
     method: str = Field(default="auto", description="a name of `lowmem methods`")
     lr: NonNegativeFloat | Auto = Field(default="auto", description="peak learning rate")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled, per unit of lr")
-    rank: Rank | dict[Role, Rank] | Auto = Field(
-        default="auto", description="a number, a fraction, or a table by role"
+    rank: Rank | dict[Role, Rank] | Auto | Fit = Field(
+        default="auto",
+        description="a number, a fraction, a table by role or matrix, or the largest that fits: "
+        "fit, fit-fraction, fit-mlp",
     )
     states: StateFormat | Auto = Field(default="auto", description="how moments are stored")
     rest: RestConfig = Field(default_factory=RestConfig)
@@ -219,9 +238,9 @@ class TrainConfig(Section):
     update: UpdateMode | Auto = Field(
         default="auto", description="where gradients live and accumulate"
     )
-    recompute: Level | Auto = Field(
+    recompute: Auto | Recompute = Field(
         default="auto",
-        description="what a block keeps for backward: all, attention's, or only its input",
+        description="what blocks keep for backward: keep, attn, full, or keep:10,attn:4,full",
     )
     clip: PositiveFloat | Literal["off", "auto"] = Field(
         default="auto", description="gradient norm limit"

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lowmem.config.schema import Level, ModelConfig
+from lowmem.config.recompute import Level, keeps_attention, keeps_mlp
+from lowmem.config.schema import ModelConfig
 from lowmem.kernels.attention import Backend, Statistics, attention, attention_backward
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
 from lowmem.kernels.rope import rotate_
 from lowmem.kernels.swiglu import swiglu, swiglu_backward
-from lowmem.model.recompute import keeps_attention, keeps_mlp
 from lowmem.phases import phase
 
 GradientSink = Callable[[str, Tensor], None]

@@ -17,7 +17,7 @@ from lowmem.config.huggingface import (
     huggingface_generation_config,
     model_config_from_huggingface,
 )
-from lowmem.config.schema import Level, ModelConfig
+from lowmem.config.schema import ModelConfig
 from lowmem.errors import CheckpointError
 from lowmem.model.llama import Llama
 from lowmem.tensorfile import read_tensors, write_tensors
@@ -59,7 +59,7 @@ def load_folder(
     dtype: torch.dtype,
     device: torch.device | str,
     *,
-    recompute: Level = "keep",
+    recompute: str = "keep",
     attention: str = "auto",
 ) -> Llama:
     """The model of a Hugging Face folder, single file or sharded, cast to `dtype`.

@@ -13,7 +13,8 @@ Weights are no inputs of autograd: every gradient is made by hand in a fixed ord
 import torch
 from torch import Tensor, nn
 
-from lowmem.config.schema import Level, ModelConfig
+from lowmem.config.recompute import levels_of
+from lowmem.config.schema import ModelConfig
 from lowmem.kernels import rope
 from lowmem.kernels.attention import Backend, choose_backend
 from lowmem.kernels.linear_cross_entropy import linear_cross_entropy
@@ -21,7 +22,6 @@ from lowmem.kernels.rms_norm import rms_norm
 from lowmem.kernels.vector_math import settle_vector_math
 from lowmem.model.block import Block, BlockStep, GradientSink, Linear, Norm, Rotation
 from lowmem.model.ends import EmbeddingStep, LossStep
-from lowmem.model.recompute import level_of
 from lowmem.naming import seed_of
 from lowmem.phases import phase
 
@@ -66,7 +66,7 @@ class Llama(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        recompute: Level = "keep",
+        recompute: str = "keep",
         attention: str = "auto",
     ) -> None:
         super().__init__()
@@ -113,8 +113,8 @@ class Llama(nn.Module):
         tied: list[Tensor] = []  # the head's gradient waits for the embedding's
         with phase("embedding"):
             x = EmbeddingStep.apply(self._anchor(), inputs, self, tied)
-        for index, block in enumerate(self.model.layers):
-            level = level_of(index, len(self.model.layers), self.recompute)
+        levels = levels_of(self.recompute, len(self.model.layers))
+        for index, (block, level) in enumerate(zip(self.model.layers, levels, strict=True)):
             with phase(f"forward of block {index + 1}"):
                 x = BlockStep.apply(x, block, rotation, level, self.hand)
         with phase("loss"):

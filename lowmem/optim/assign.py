@@ -37,7 +37,7 @@ def takes_rank(method: str) -> bool:
 
 
 def method_options(config: OptimizerConfig, role: str = "mlp") -> dict[str, Any]:
-    """The keyword arguments of the main method for matrices of that role.
+    """The keyword arguments of the main method for matrices of that role, e.g. "mlp.up".
 
     A fraction as rank stays a fraction here; `assign` multiplies it by the shorter side.
     """
@@ -56,15 +56,17 @@ def method_options(config: OptimizerConfig, role: str = "mlp") -> dict[str, Any]
 
 
 def _rank_of(rank: Any, role: str) -> Any:
+    """The entry of a table for one matrix, or for its kind."""
     if not isinstance(rank, dict):
         return rank
-    if role not in rank:
-        raise ConfigError(
-            f"optimizer.rank has no entry for {role!r}",
-            f"it has: {', '.join(rank)}",
-            f'rank = {{attention = 128, mlp = 256}}, or one number for all; add "{role}"',
-        )
-    return rank[role]
+    for key in (role, role.partition(".")[0]):
+        if key in rank:
+            return rank[key]
+    raise ConfigError(
+        f"optimizer.rank has no entry for {role!r}",
+        f"it has: {', '.join(rank)}",
+        f'rank = {{attention = 128, mlp = 256}}, or one number for all; add "{role}"',
+    )
 
 
 def assign(
@@ -96,7 +98,7 @@ def _is_matrix(role: str) -> bool:
 def _method_for(config: OptimizerConfig, weight: Tensor, role: str, rest: ByRole) -> Method:
     if not _is_matrix(role):
         return rest.of(role)
-    options = method_options(config, role.partition(".")[0])
+    options = method_options(config, role)
     if isinstance(options.get("rank"), float):
         options["rank"] = max(1, round(options["rank"] * min(weight.shape)))
     return build_method(config.method, options).matrix

@@ -1,8 +1,8 @@
 """What may be varied, best first, and what the user's own settings leave of it.
 
-The order of methods is that of the published evidence (`quality.py`); a named method has only its
-ranks and formats to vary. Ranks begin at what the method's sheet says for a model of that size and
-go downwards; moments begin in the method's own format.
+A family is a method with formats of moments and weights, and the ranks that it may have. Families
+are ordered by the published evidence (`quality.py`) for their largest rank, which is what the
+method's sheet says for a model of that size unless the user wants the largest that fits.
 """
 
 from collections.abc import Collection
@@ -10,14 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem.config.presets import read_preset
-from lowmem.config.schema import Config, Level, ModelConfig, OptimizerConfig, UpdateMode, settled
+from lowmem.config.schema import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    UpdateMode,
+    WeightFormat,
+    settled,
+)
 from lowmem.errors import ConfigError
 from lowmem.optim.assign import method_options, takes_rank
 from lowmem.optim.method import ByRole
 from lowmem.optim.methods import METHODS, MethodSpec, build_method, method_spec
 from lowmem.planner.quality import Penalty, automatic, penalty
 
-RANK_DIVISORS = (1, 2, 4, 8)  # of the sheet's rank
+LEAST_SHARE = 8  # of the sheet's rank, below which the planner does not go unasked
+RANK_STEP = 8  # tensor cores want multiples of it; of small ranks every one is tried
 _SMALLEST_RANK = 4  # unless the sheet says less
 _SHARE = 4  # rank is a quarter of the hidden size where a sheet has one for no size
 _ONE_SETTING = {"alpha", "scale"}  # APOLLO's scale is alpha squared; others have only one of them
@@ -27,11 +35,12 @@ CLIP = 1.0  # where nobody says otherwise and the norm is known before weights m
 
 @dataclass(frozen=True)
 class Kind:
-    """What decides quality: method, rank and moments."""
+    """What decides quality: method, rank, moments and weights."""
 
     method: str
     rank: Any
     states: str
+    weights: WeightFormat = "bf16"
 
     def optimizer(self, config: OptimizerConfig, parameters: int) -> OptimizerConfig:
         """`config` with this method, rank and format, and what its sheet says of other settings.
@@ -56,6 +65,27 @@ class Kind:
         return build_method(self.method, options)
 
 
+@dataclass(frozen=True)
+class Family:
+    """Kinds that differ in their rank only; ranks: the least first, (None,) without any."""
+
+    method: str
+    states: str
+    weights: WeightFormat
+    ranks: tuple[Any, ...]
+
+    def kind(self, rank: Any) -> Kind:
+        return Kind(self.method, rank, self.states, self.weights)
+
+    @property
+    def best(self) -> Kind:
+        return self.kind(self.ranks[-1])
+
+    @property
+    def least(self) -> Kind:
+        return self.kind(self.ranks[0])
+
+
 def sheet_settings(method: str, parameters: int, given: Collection[str]) -> dict[str, Any]:
     """What the method's sheet says for a model of that size of arguments that are not `given`.
 
@@ -69,43 +99,42 @@ def sheet_settings(method: str, parameters: int, given: Collection[str]) -> dict
     return {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
 
 
-def kinds(config: Config, model: ModelConfig) -> list[Kind]:
-    """Every kind that the user's settings allow, best first. ConfigError: unsuitable settings."""
-    optimizer = config.optimizer
-    if optimizer.method == "auto":
-        return _automatic(optimizer, model)
-    found = _kinds_of(optimizer.method, optimizer, model)
-    for kind in found:  # a wrong option is told before anything is rehearsed
-        kind.built(optimizer, model.parameters)
-    return found
+def families(config: Config, model: ModelConfig) -> list[Family]:
+    """Every family that the user's settings allow, best first. ConfigError: unsuitable settings.
 
-
-def _automatic(optimizer: OptimizerConfig, model: ModelConfig) -> list[Kind]:
-    """Kinds of every method with evidence that takes the user's settings, in order of quality.
-
-    Equal in quality: in the order of METHODS, large ranks and exact moments first.
+    Equal in quality: in the order of METHODS, exact moments and weights first.
     """
+    optimizer = config.optimizer
+    names = [optimizer.method]
+    if optimizer.method == "auto":
+        names = _automatic(optimizer)
+    found: list[Family] = []
+    problem: ConfigError | None = None
+    for name in names:
+        for family in _families_of(name, config, model):
+            try:  # a wrong option is told before anything is rehearsed
+                family.best.built(optimizer, model.parameters)
+                found.append(family)
+            except ConfigError as error:  # it may suit another method
+                problem = problem or error
+    if problem is not None and (not found or optimizer.method != "auto"):
+        raise problem
+    return sorted(found, key=lambda family: quality(family.best, model).rung)
+
+
+def _automatic(optimizer: OptimizerConfig) -> list[str]:
+    """Methods with evidence that take the user's settings."""
     names = automatic(list(METHODS), ranked=optimizer.rank != "auto")
     able = [
         name for name in names if optimizer.options.keys() <= method_spec(name).arguments.keys()
     ]
-    found: list[Kind] = []
-    problem: ConfigError | None = None
-    for name in able or names:  # an option that none has is told below
-        for kind in _kinds_of(name, optimizer, model):
-            try:
-                kind.built(optimizer, model.parameters)
-                found.append(kind)
-            except ConfigError as error:  # it may suit another method
-                problem = problem or error
-    if not found and problem is not None:
-        raise problem
-    return sorted(found, key=lambda kind: quality(kind, model).rung)
+    return able or names  # an option that none has is told later
 
 
 def quality(kind: Kind, model: ModelConfig) -> Penalty:
     """What this kind costs in quality by the published evidence."""
-    return penalty(kind.method, rank_share(kind.rank, model), kind.states, model.parameters)
+    share = rank_share(kind.rank, model)
+    return penalty(kind.method, share, kind.states, model.parameters, kind.weights)
 
 
 def rank_share(rank: Any, model: ModelConfig) -> float | None:
@@ -115,14 +144,25 @@ def rank_share(rank: Any, model: ModelConfig) -> float | None:
     return rank / model.hidden_size if isinstance(rank, int) else rank
 
 
-def _kinds_of(name: str, optimizer: OptimizerConfig, model: ModelConfig) -> list[Kind]:
-    formats = _formats_of(name, optimizer)
-    if not takes_rank(name):
-        if optimizer.rank != "auto":
-            method_options(optimizer.model_copy(update={"method": name}))  # says it has no rank
-        return [Kind(name, None, states) for states in formats]
-    ranks = _ranks_of(method_spec(name), model) if optimizer.rank == "auto" else [optimizer.rank]
-    return [Kind(name, rank, states) for rank in ranks for states in formats]
+def _families_of(name: str, config: Config, model: ModelConfig) -> list[Family]:
+    optimizer = config.optimizer
+    ranks: tuple[Any, ...] = (None,)
+    if takes_rank(name):
+        ranks = _ranks_of(method_spec(name), config, model)
+    elif optimizer.rank != "auto":
+        method_options(optimizer.model_copy(update={"method": name}))  # says it has no rank
+    return [
+        Family(name, states, weights, ranks)
+        for states in _formats_of(name, optimizer)
+        for weights in weight_formats(config)
+    ]
+
+
+def weight_formats(config: Config) -> tuple[WeightFormat, ...]:
+    """Formats of the weights to try, exact ones first."""
+    if config.train.weights != "auto":
+        return (settled(config.train.weights),)
+    return ("bf16", "int8") if config.train.device == "cuda" else ("fp32",)
 
 
 def _formats_of(name: str, optimizer: OptimizerConfig) -> list[str]:
@@ -133,24 +173,35 @@ def _formats_of(name: str, optimizer: OptimizerConfig) -> list[str]:
         return []  # another method has it
     if wanted != "auto":
         return [wanted]
-    if optimizer.method == "auto" and not takes_rank(name):
-        return [own]  # 8-bit AdamW has a name of its own
     return list(dict.fromkeys([own, *(["8bit"] if "8bit" in spec.states else [])]))
 
 
-def _ranks_of(spec: MethodSpec, model: ModelConfig) -> list[Any]:
-    """The sheet's rank, as a share of the hidden size of the model it was used with, and below."""
+def _ranks_of(spec: MethodSpec, config: Config, model: ModelConfig) -> tuple[Any, ...]:
+    """Ranks to try: the sheet's and less, or every one if the largest that fits is wanted."""
+    wanted, h = config.optimizer.rank, model.hidden_size
+    match wanted:
+        case "fit":
+            return tuple(range(1, h + 1))
+        case "fit-fraction":
+            return tuple(rank / h for rank in range(1, h))
+        case "fit-mlp":
+            return tuple({"attention": rank, "mlp": 2 * rank} for rank in range(1, h // 2 + 1))
+        case "auto":
+            most = _sheet_rank(spec, model)
+            least = min(most, max(_SMALLEST_RANK, most // LEAST_SHARE))
+            step = RANK_STEP if most >= RANK_STEP * LEAST_SHARE else 1
+            return (*(rank for rank in range(least, most) if rank % step == 0), most)
+    return (wanted,)
+
+
+def _sheet_rank(spec: MethodSpec, model: ModelConfig) -> int:
+    """The sheet's rank, as a share of the hidden size of the model it was used with."""
     size = spec.recipe_size(model.parameters)
     rank = spec.recipe(model.parameters).get("rank")
-    if isinstance(rank, float):
-        return [rank / divisor for divisor in RANK_DIVISORS]
     if size == "any" or rank is None:
         most = model.hidden_size // _SHARE
-        first = most if rank is None else min(rank, most)
-    else:
-        first = round(rank * model.hidden_size / read_preset(f"llama-{size}").hidden_size)
-    least = _SMALLEST_RANK if rank is None else min(rank, _SMALLEST_RANK)
-    return list(dict.fromkeys(max(least, first // divisor) for divisor in RANK_DIVISORS))
+        return max(1, most if rank is None else min(rank, most))
+    return max(1, round(rank * model.hidden_size / read_preset(f"llama-{size}").hidden_size))
 
 
 def sums_projected(kind: Kind, optimizer: OptimizerConfig) -> bool:
@@ -226,13 +277,6 @@ def check_fused(config: Config, rows: int) -> None:
             "every weight changes as soon as its gradient is there: one micro-batch per update",
             f"--batch {micro}seq, or --update fused+subspace",
         )
-
-
-def levels(config: Config) -> list[Level]:
-    """Recomputation levels, fastest first."""
-    if config.train.recompute != "auto":
-        return [settled(config.train.recompute)]
-    return ["keep", "attn", "full"]
 
 
 def clip_of(config: Config, mode: UpdateMode) -> float | None:

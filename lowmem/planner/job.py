@@ -1,40 +1,55 @@
-"""What a configuration needs on a card: quick estimates for the search, the exact peak at the end.
+"""What a configuration needs on a card, and how fast it is there.
 
-Estimates come from two rehearsals with three and four blocks, extended to the model's depth; the
-exact peak from the whole model, with its allocations replayed through the allocator.
+Peaks of tensors are composed (`compose.py`): exact, a millisecond each once the parts are known.
+What the allocator makes of them is guessed for the search and replayed for the choice.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
-from lowmem.config.schema import Config, Level, ModelConfig, OptimizerConfig, UpdateMode, settled
+from lowmem.config.recompute import Level, levels_of
+from lowmem.config.schema import Config, ModelConfig, OptimizerConfig, UpdateMode, settled
 from lowmem.errors import ConfigError
 from lowmem.kernels.attention import choose_backend
 from lowmem.model.llama import Llama
-from lowmem.optim.assign import build_optimizer
-from lowmem.optim.blocks import hold_worst_window
+from lowmem.optim.method import Reallocating
 from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.allocator import expandable_segments, replay
-from lowmem.planner.candidates import Kind, clip_of
-from lowmem.planner.plan import Card, Choice, Memory
-from lowmem.planner.rehearse import DTYPES, GRANULE, Rehearsal, rehearse
+from lowmem.planner.candidates import Kind, clip_of, curvatures
+from lowmem.planner.compose import (
+    ModelBytes,
+    OptimizerBytes,
+    compose,
+    model_bytes,
+    optimizer_bytes,
+    persistent_bytes,
+)
+from lowmem.planner.plan import Card, Choice, Memory, Rates
+from lowmem.planner.rehearse import (
+    DTYPES,
+    Rehearsal,
+    model_on_meta,
+    optimizer_on_meta,
+    rehearse,
+)
+from lowmem.planner.speed import Timed, seconds
 from lowmem.units import MIB
 
 # One of ":4096:8" (cli/main.py) for each of the two threads that multiply: ours and autograd's.
 CUBLAS_WORKSPACE = 2 * 33_554_432
-_SHALLOW = (3, 4)  # blocks of the two estimating rehearsals
+# Where no rates are known settings must still be compared: by those of a common machine.
+COMMON_RATES = {"cuda": Rates("a common card", 80, 600), "cpu": Rates("a common CPU", 0.2, 30)}
 
 
 @dataclass
 class Job:
-    """What is planned: a configuration on a card, with estimates that were made already."""
+    """What is planned: a configuration on a card, with everything that was rehearsed for it."""
 
     config: Config
     card: Card
@@ -42,9 +57,11 @@ class Job:
     rows: int
     seq_len: int
     attention: str
-    _tensors: dict[tuple[str, int], int] = field(default_factory=dict)
-    _missed: dict[str, int] = field(default_factory=dict)
-    _persistents: dict[tuple[str, str, bool], int] = field(default_factory=dict)
+    _models: dict[Any, ModelBytes] = field(default_factory=dict)
+    _optimizers: dict[Any, OptimizerBytes] = field(default_factory=dict)
+    _whole: dict[str, Rehearsal] = field(default_factory=dict)
+    _persistent: dict[str, int] = field(default_factory=dict)
+    _llamas: dict[tuple[str, int], Llama] = field(default_factory=dict)
 
     @staticmethod
     def of(config: Config, card: Card) -> "Job":
@@ -58,7 +75,10 @@ class Job:
                 "a micro-batch is a part of the batch",
                 f"--micro-batch {rows}, or a larger --batch",
             )
-        dtype = DTYPES[settled(config.train.weights)]
+        if config.train.recompute != "auto":
+            _check_recompute(config.train.recompute, model.num_hidden_layers)
+        weights = config.train.weights
+        dtype = torch.bfloat16 if weights == "auto" else DTYPES[settled(weights)]
         attention = choose_backend("auto", torch.device(config.train.device), dtype, model.head_dim)
         return Job(config, card, model, rows, seq_len, attention)
 
@@ -67,149 +87,144 @@ class Job:
         """Bytes that libraries hold throughout a run on this device."""
         return 0 if self.config.train.device == "cpu" else CUBLAS_WORKSPACE
 
-    def choice(self, kind: Kind, mode: UpdateMode, level: Level, micro: int) -> Choice:
+    def choice(self, kind: Kind, mode: UpdateMode, recompute: str, micro: int) -> Choice:
         """These settings as a Choice, with micro-batches made equal in size."""
         accumulate = math.ceil(self.rows / micro)
         return Choice(
             kind.method,
             kind.rank,
             kind.states,
-            settled(self.config.train.weights),
+            kind.weights,
             mode,
-            level,
+            recompute,
             micro if self.config.train.micro_batch != "auto" else math.ceil(self.rows / accumulate),
             accumulate,
             clip_of(self.config, mode),
         )
 
-    def fits(self, choice: Choice, room: int) -> bool:
-        """Does the estimated peak stay within `room` bytes? The cheap bound is asked first."""
-        return self.bound(choice) <= room and self.peak(choice) <= room
-
-    def bound(self, choice: Choice) -> int:
-        """A lower bound without a rehearsal: what persists, and what a backward pass cannot avoid.
-
-        At its beginning the input of every block, at its end every gradient where none is used
-        or summed before.
-        """
-        element = DTYPES[choice.weights].itemsize
-        tokens = choice.micro_batch * self.seq_len
-        inputs = self.model.num_hidden_layers * tokens * self.model.hidden_size * element
-        whole = choice.update == "unfused" and choice.accumulate == 1
-        gradients = self.model.parameters * element if whole else 0
-        return self.persistent(choice) + max(inputs, gradients)
-
-    def persistent(self, choice: Choice) -> int:
-        """Weights, states and held sums: a lower bound, from the method's own `init`."""
-        key = (repr(kind_of(choice)), choice.update, choice.accumulate > 1)
-        if key not in self._persistents:
-            depth = self.model.num_hidden_layers
-            one, two = (self._persistent(choice, blocks) for blocks in (1, 2))
-            self._persistents[key] = one + (depth - 1) * (two - one)
-            if not self._blocks_are_alike(choice):
-                self._persistents[key] = self._persistent(choice, depth)
-        return self._persistents[key]
-
-    def _blocks_are_alike(self, choice: Choice) -> bool:
-        """Does every block of the model hold the same? Not where moments move between weights."""
-        return not any(
-            hasattr(slot.method, "reallocate")
-            for slot in self._owner(choice, blocks=1)[0].slots.values()
-        )
-
-    def _owner(self, choice: Choice, blocks: int) -> tuple[Optimizer, dict[str, Tensor]]:
-        """(the optimizer when it holds most, its weights) of a model with so many blocks."""
-        model = self.model.model_copy(update={"num_hidden_layers": blocks})
-        llama = Llama(model, dtype=DTYPES[choice.weights], device="meta", attention=self.attention)
-        weights: dict[str, Tensor] = dict(llama.named_parameters())
-        optimizer = build_optimizer(
-            self._optimizer(choice),
-            weights,
-            llama.roles(),
-            mode=choice.update,
-            seed=0,
-            head_dim=model.head_dim,
-        )
-        hold_worst_window(optimizer)
-        return optimizer, weights
-
-    def _persistent(self, choice: Choice, blocks: int) -> int:
-        optimizer, weights = self._owner(choice, blocks)
-        total = sum(_rounded(weight.nbytes) for weight in weights.values())
-        total += sum(_rounded(value.nbytes) for _, value in optimizer.state_tensors())
-        if choice.accumulate > 1:
-            total += sum(_rounded(4 * count) for count in _held(optimizer, choice.update))
-        return total + self.workspace
-
-    def _optimizer(self, choice: Choice) -> OptimizerConfig:
+    def optimizer(self, kind: Kind) -> OptimizerConfig:
         """What is rehearsed is what will be trained: the sheet's settings included."""
-        return kind_of(choice).optimizer(self.config.optimizer, self.model.parameters)
+        return kind.optimizer(self.config.optimizer, self.model.parameters)
+
+    def fits(self, choice: Choice, room: int) -> bool:
+        """Does the peak stay within `room` bytes? What is cheap to know is asked first."""
+        return self.persistent(kind_of(choice)) <= room and self.peak(choice) <= room
+
+    def persistent(self, kind: Kind) -> int:
+        """Weights, states, and what libraries hold."""
+        key = repr(kind)  # a rank may be a table, which has no hash
+        if key not in self._persistent:
+            owner = self._owner(kind, "fused")  # any mode: states are the same
+            self._persistent[key] = persistent_bytes(owner, self.model.num_hidden_layers)
+        return self._persistent[key] + self.workspace
+
+    def sums(self, choice: Choice) -> int:
+        """What is held between the micro-batches of an update."""
+        if choice.accumulate == 1:
+            return 0
+        return self._optimizer_bytes(choice).held
 
     def peak(self, choice: Choice) -> int:
-        """Estimated bytes that the allocator will have reserved at the peak.
+        """Bytes that the allocator will have reserved at the peak, the last of them guessed."""
+        return self._reserved(self.tensors(choice))
 
-        The peak is a maximum of lines in the depth, so two depths give a lower bound of it, which
-        is nearly always met.
-        """
-        depth = self.model.num_hidden_layers
-        missed = self._missed.get(_family(choice), 0)
-        if depth <= _SHALLOW[1] or not self._blocks_are_alike(choice):
-            return self._reserved(self._rehearsed(choice, depth)) + missed
-        few, more = (self._rehearsed(choice, blocks) for blocks in _SHALLOW)
-        return self._reserved(few + (depth - _SHALLOW[0]) * (more - few)) + missed
+    def tensors(self, choice: Choice) -> int:
+        """Bytes of live tensors at the peak: exact but for estimates of the curvature, which are
+        passes of their own."""
+        blocks = self.model.num_hidden_layers
+        levels = {level: self._model_bytes(choice, level) for level in self._named(choice)}
+        added = self._optimizer_bytes(choice)
+        return compose(levels, added, choice.recompute, blocks) + self.workspace
 
-    def learn(self, choice: Choice, memory: Memory) -> None:
-        """Add what this choice's estimate missed to all that differ in the micro-batch only."""
-        family = _family(choice)
-        missed = memory.reserved - self.peak(choice)
-        self._missed[family] = self._missed.get(family, 0) + missed
+    def seconds(self, choice: Choice) -> float:
+        """Of an update, for comparisons: by the card's rates, or by those of a common one."""
+        rates = self.card.rates or COMMON_RATES[settled(self.config.train.device)]
+        return sum(seconds(self.timed(choice), rates).values())
 
-    def _rehearsed(self, choice: Choice, blocks: int) -> int:
-        key = (repr(choice), blocks)  # a rank may be a table, which has no hash
-        if key not in self._tensors:
-            self._tensors[key] = self._rehearsal(choice, blocks).tensors
-        return self._tensors[key]
+    def timed(self, choice: Choice) -> Timed:
+        optimizer = self.optimizer(kind_of(choice))
+        return Timed(self.model, optimizer, choice, self.rows, self.seq_len)
 
-    def _rehearsal(self, choice: Choice, blocks: int | None = None) -> Rehearsal:
-        return rehearse(
-            self.model,
-            self._optimizer(choice),
-            choice,
-            self.seq_len,
-            attention=self.attention,
-            workspace=self.workspace,
-            blocks=blocks,
-            updates=1 if expandable_segments() else 2,
-        )
+    def memory(self, choice: Choice) -> Memory:
+        """The whole model rehearsed, its allocations replayed."""
+        full = self._rehearsed(choice)
+        exact = not curvatures(kind_of(choice), self.config.optimizer)
+        if exact and full.tensors != self.tensors(choice):
+            raise RuntimeError(
+                f"the composed peak of {choice.sentence()} is {self.tensors(choice)} bytes, the "
+                f"rehearsed one {full.tensors}: please report this"
+            )
+        if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
+            return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
+        peaks = replay(full.events, expandable=expandable_segments())
+        return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
+
+    def _rehearsed(self, choice: Choice) -> Rehearsal:
+        key = repr(choice)
+        if key not in self._whole:
+            self._whole[key] = rehearse(
+                self.model,
+                self.optimizer(kind_of(choice)),
+                choice,
+                self.seq_len,
+                attention=self.attention,
+                workspace=self.workspace,
+                updates=1 if expandable_segments() else 2,
+            )
+        return self._whole[key]
+
+    def _named(self, choice: Choice) -> set[Level]:
+        return set(levels_of(choice.recompute, self.model.num_hidden_layers))
+
+    def _model_bytes(self, choice: Choice, level: Level) -> ModelBytes:
+        key = (choice.weights, level, choice.micro_batch, choice.accumulate > 1)
+        if key not in self._models:
+            self._models[key] = model_bytes(self.model, choice, level, self.seq_len, self.attention)
+        return self._models[key]
+
+    def _optimizer_bytes(self, choice: Choice) -> OptimizerBytes:
+        kind, clipped = kind_of(choice), choice.clip is not None
+        key = (repr(kind), choice.update, choice.accumulate > 1, clipped)
+        if key not in self._optimizers:
+            pieces = self._model_bytes(choice, next(iter(self._named(choice)))).pieces
+            self._optimizers[key] = optimizer_bytes(
+                self._owner(kind, choice.update),
+                choice,
+                pieces,
+                self.attention,
+                self.model.num_hidden_layers,
+            )
+        return self._optimizers[key]
+
+    def _owner(self, kind: Kind, mode: UpdateMode) -> Optimizer:
+        """The optimizer of a model of two blocks; of the whole where moments move between them."""
+        owner = optimizer_on_meta(self._llama(kind.weights, 2), self.optimizer(kind), mode)
+        if any(isinstance(slot.method, Reallocating) for slot in owner.slots.values()):
+            whole = self._llama(kind.weights, self.model.num_hidden_layers)
+            return optimizer_on_meta(whole, self.optimizer(kind), mode)
+        return owner
+
+    def _llama(self, weights: str, blocks: int) -> Llama:
+        blocks = min(blocks, self.model.num_hidden_layers)
+        if (weights, blocks) not in self._llamas:
+            model = self.model.model_copy(update={"num_hidden_layers": blocks})
+            self._llamas[weights, blocks] = model_on_meta(model, weights, "keep", self.attention)
+        return self._llamas[weights, blocks]
 
     def _reserved(self, tensors: int) -> int:
         if self.config.train.device == "cpu":
             return tensors
         return round(1.003 * tensors) + 40 * MIB  # whole pages; the replay of the winner decides
 
-    def memory(self, choice: Choice) -> Memory:
-        """The exact peak: the whole model rehearsed, its allocations replayed."""
-        full = self._rehearsal(choice)
-        if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
-            return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
-        peaks = replay(full.events, expandable=expandable_segments())
-        return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
 
-
-def _family(choice: Choice) -> str:
-    return repr(replace(choice, micro_batch=0, accumulate=0))
+def _check_recompute(recompute: str, blocks: int) -> None:
+    try:
+        levels_of(recompute, blocks)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.recompute = {recompute!r}", str(error), "--recompute full"
+        ) from None
 
 
 def kind_of(choice: Choice) -> Kind:
-    return Kind(choice.method, choice.rank, choice.states)
-
-
-def _rounded(count: int) -> int:
-    return -(-count // GRANULE) * GRANULE
-
-
-def _held(optimizer: Optimizer, mode: UpdateMode) -> Iterator[int]:
-    """Elements held between micro-batches, per weight."""
-    for slot in optimizer.slots.values():
-        whole = mode == "unfused" or slot.method.needs.full_gradient
-        yield (slot.weight if whole else slot.method.compress(slot.weight, slot.state)).numel()
+    return Kind(choice.method, choice.rank, choice.states, choice.weights)

@@ -6,7 +6,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowmem.config.schema import Config, Level, UpdateMode, WeightFormat, settled
+from lowmem.config.schema import Config, UpdateMode, WeightFormat, settled
 from lowmem.planner.quality import Penalty
 
 SCHEMA_VERSION = 1
@@ -54,7 +54,7 @@ class Choice:
     states: str
     weights: WeightFormat
     update: UpdateMode
-    recompute: Level
+    recompute: str  # config/recompute.py
     micro_batch: int
     accumulate: int  # micro-batches per update
     clip: float | None

@@ -141,8 +141,31 @@ def automatic(names: Sequence[str], *, ranked: bool = False) -> list[str]:
 
 
 @cache
-def penalty(method: str, rank: float | None, moments: str, parameters: float) -> Penalty:
-    """What the method costs in a model of that size, with moments of that format.
+def penalty(
+    method: str, rank: float | None, moments: str, parameters: float, weights: str = "bf16"
+) -> Penalty:
+    """What the method costs in a model of that size, with moments and weights of those formats.
+
+    int8 weights: the rows of the method that was published with them ([int8] in the file), else
+    DOUBT more than with exact ones.
+    """
+    if weights == "int8":
+        published = _file()["int8"].get(method)
+        if published is None:
+            return penalty(method, rank, moments, parameters).doubted("int8 weights")
+        rows = [
+            r for r in evidence() if r.method == published and r.counts and _reaches(r, parameters)
+        ]
+        exact = penalty(method, rank, moments, parameters)
+        if not rows:
+            return exact.doubted("int8 weights of this size")
+        return max(penalty(published, rank, moments, parameters), exact, key=lambda p: p.nats)
+    return _penalty(method, rank, moments, parameters)
+
+
+@cache
+def _penalty(method: str, rank: float | None, moments: str, parameters: float) -> Penalty:
+    """What the method costs with exact weights.
 
     rank: as a share of the hidden size, None without one. Rows with moments that are coarser than
     asked for count too, since finer ones are no worse. Doubt costs DOUBT: moments coarser than in

@@ -10,7 +10,8 @@ See docs/memory.md.
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lowmem.config.schema import ModelConfig, OptimizerConfig
+from lowmem.config.schema import ModelConfig, OptimizerConfig, UpdateMode
 from lowmem.kernels.blockwise import lookup_tables
 from lowmem.kernels.random_normal import lookup_table
 from lowmem.kernels.slices import rehearsing
@@ -210,55 +211,82 @@ def rehearse(
     *,
     attention: str,
     workspace: int = 0,
-    blocks: int | None = None,
     updates: int = 1,
 ) -> Rehearsal:
     """Run updates and an evaluation batch on meta and return their peak.
 
     attention: the operator that the planned device will use. workspace: bytes that libraries hold
-    throughout. blocks: another depth than the model's own, for an estimate. updates: every state
-    exists before the first, so a second changes nothing but the classic allocator's holes.
+    throughout. updates: every state exists before the first, so a second changes nothing but the
+    classic allocator's holes.
     """
-    if blocks is not None:
-        model = model.model_copy(update={"num_hidden_layers": blocks})
     tracker = LiveBytes("meta", scratch=attention != "cpu")
-    weights = DTYPES[choice.weights]
-    llama = Llama(
-        model, dtype=weights, device="meta", recompute=choice.recompute, attention=attention
-    )
-    parameters = dict(llama.named_parameters())
-    owner = build_optimizer(
-        optimizer, parameters, llama.roles(), mode=choice.update, seed=0, head_dim=model.head_dim
-    )
-    hold_worst_window(owner)
+    llama = model_on_meta(model, choice.weights, choice.recompute, attention)
+    owner = optimizer_on_meta(llama, optimizer, choice.update)
     owner.attach(llama)
-    track_persistent(tracker, llama, owner)
-    if workspace:
-        tracker.track([torch.empty(workspace, dtype=torch.uint8, device="meta")], "workspace")
-    with tracker, rehearsing("cpu" if attention == "cpu" else "cuda"):
+    track_persistent(tracker, owner)
+    libraries = torch.empty(workspace, dtype=torch.uint8, device="meta")
+    tracker.track([libraries], "workspace")
+    with tracker, standing_for(attention):
         for _ in range(updates):
-            _update(llama, owner, choice, seq_len)
-        inputs, targets = _batch(choice.micro_batch, seq_len)
-        llama.loss_sum(inputs, targets)
+            loss_and_norm = update(llama, owner, choice, seq_len)
+            owner.step()
+        evaluate(llama, choice, seq_len)
+    del libraries, loss_and_norm  # the latter are a training loop's until the next update
     return Rehearsal(
         tracker.peak, _ordered(tracker.peak_parts), sentence(tracker.peak_phase), tracker.events
     )
 
 
-def track_persistent(tracker: LiveBytes, model: Llama, optimizer: Optimizer) -> None:
-    """Count weights and states, which live as long as the run."""
-    tracker.track(dict(model.named_parameters()), "weights")
-    for key, value in optimizer.state_tensors():
-        tracker.track([value], "projections" if key.endswith("basis") else "states")
-        if key.endswith(".codes"):
-            tracker.track(lookup_tables(str(value.device)), "states")
-        if key.endswith("basis"):
-            tracker.track([lookup_table(str(value.device))], "projections")
+def model_on_meta(model: ModelConfig, weights: str, recompute: str, attention: str) -> Llama:
+    """The very model that would be trained, without memory."""
+    dtype = DTYPES[weights]
+    return Llama(model, dtype=dtype, device="meta", recompute=recompute, attention=attention)
 
 
-def _update(model: Llama, optimizer: Optimizer, choice: Choice, seq_len: int) -> None:
+def optimizer_on_meta(llama: Llama, optimizer: OptimizerConfig, mode: UpdateMode) -> Optimizer:
+    """Its optimizer, when that holds most."""
+    owner = build_optimizer(
+        optimizer,
+        dict(llama.named_parameters()),
+        llama.roles(),
+        mode=mode,
+        seed=0,
+        head_dim=llama.config.head_dim,
+    )
+    hold_worst_window(owner)
+    return owner
+
+
+def standing_for(attention: str) -> AbstractContextManager[None]:
+    """Tensors on meta are cut as on the device that has this attention."""
+    return rehearsing("cpu" if attention == "cpu" else "cuda")
+
+
+def track_persistent(
+    tracker: LiveBytes, optimizer: Optimizer, names: Iterable[str] | None = None
+) -> None:
+    """Count weights and states, which live as long as the run, with the tables they look up.
+
+    names: of the weights; all that the optimizer has by default.
+    """
+    for name in optimizer.slots if names is None else names:
+        slot = optimizer.slots[name]
+        tracker.track([slot.weight], "weights")
+        for key, value in slot.state.items():
+            if isinstance(value, Tensor):
+                tracker.track([value], "projections" if key.endswith("basis") else "states")
+            if key.endswith(".codes"):
+                tracker.track(lookup_tables(str(slot.weight.device)), "states")
+            if key.endswith("basis"):
+                tracker.track([lookup_table(str(slot.weight.device))], "projections")
+
+
+def update(
+    model: Llama, optimizer: Optimizer, choice: Choice, seq_len: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of one update, and its loss and norm; `optimizer.step()` is next."""
     count = min(choice.accumulate, 2)  # a third micro-batch adds nothing new
-    gather(
+    return gather(
         model,
         optimizer,
         MadeAnew(lambda: (_batch(choice.micro_batch, seq_len) for _ in range(count))),
@@ -267,7 +295,12 @@ def _update(model: Llama, optimizer: Optimizer, choice: Choice, seq_len: int) ->
         lr=0.0,
         clip=choice.clip,
     )
-    optimizer.step()
+
+
+def evaluate(model: Llama, choice: Choice, seq_len: int) -> None:
+    """An evaluation batch of the size of a micro-batch."""
+    inputs, targets = _batch(choice.micro_batch, seq_len)
+    model.loss_sum(inputs, targets)
 
 
 def _batch(rows: int, seq_len: int) -> tuple[Tensor, Tensor]:

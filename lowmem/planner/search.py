@@ -1,61 +1,116 @@
-"""Fit a configuration to a card: the best kind that fits, and why the others were not taken.
+"""Fit a configuration to a card: the best that fits, and why the rest was not taken.
 
-Kinds are tried in the order of `candidates.py`. A sum of weights, states, held gradients and block
-inputs rejects most of what cannot fit; of a method that nobody named the smallest kind speaks for
-all. The rest is estimated (`job.py`). The winner is rehearsed whole, and if that says more than was
-expected the search learns it and looks again.
+What is better, in this order: published quality, in classes of 0.005 nats; a gradient norm that can
+be clipped; tokens/s, in classes of 3 %; the order of METHODS, with exact moments and weights first.
+More memory can therefore never give a worse plan.
+
+Families (`candidates.py`) are tried in the order of the quality of their best rank, until what was
+found is better than anything the rest could be. Of a family the class of quality is decided first,
+by the largest rank that fits with the smallest settings; then the fastest settings that fit with
+the least rank of that class; then the rank is raised as far as these settings leave room.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lowmem.config.schema import Config, Level, ModelConfig, UpdateMode, settled
+from lowmem.config.recompute import in_words
+from lowmem.config.schema import Config, ModelConfig, UpdateMode, settled
 from lowmem.optim.assign import learning_rate
 from lowmem.optim.methods import METHODS, method_spec
 from lowmem.optim.methods.third_party import package_of, refused
 from lowmem.planner.candidates import (
+    Family,
     Kind,
-    kinds,
-    levels,
+    families,
     modes,
     quality,
-    rank_share,
     sheet_settings,
-    sums_projected,
+    weight_formats,
 )
 from lowmem.planner.fixes import fixes
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Candidate, Card, Choice, Memory, Plan
-from lowmem.planner.speed import Timed, estimate, require_rates, within_hours
+from lowmem.planner.speed import estimate, require_rates, within_hours
 from lowmem.units import format_bytes
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed
-ATTEMPTS = 8
-_SECANTS = 4
+ATTEMPTS = 4
+SPEED_CLASS = 1.03
 _BESIDE = 2  # methods shown after the choice
-_RIVALS = 8  # rehearsed to say which is smallest when nothing fits
-ENOUGH_TOKENS = 2048  # below that matmuls are slow, and recomputation is the better price
+_SMALLEST_TRIED = 3
 
 
-def make_plan(config: Config, card: Card, notes: list[str]) -> Plan:
+@dataclass(frozen=True)
+class Found:
+    """Settings that fit, and what they are judged by: class of quality, whether the norm is known
+    too late to be clipped, class of speed. Smaller is better."""
+
+    choice: Choice
+    order: tuple[int, bool, int]
+
+
+def make_plan(
+    config: Config,
+    card: Card,
+    notes: list[str],
+    smaller: Callable[[int], tuple[Config, list[str]]] | None = None,
+) -> Plan:
     """The plan of a settled configuration; `Plan.fits` says whether anything fits.
 
-    ConfigError: settings that contradict one another.
+    smaller: the same configuration, settled for another number of sequences per update, with its
+    notes; given where nobody asked for a batch, and used where no true batch fits. ConfigError:
+    settings that contradict one another.
     """
     if config.train.hours is not None:
-        require_rates(card, settled(config.train.weights))
-    job = Job.of(config, card)
+        require_rates(card, "bf16" if config.train.weights == "auto" else config.train.weights)
+    job, room = Job.of(config, card), card.usable_bytes
+    rows, choice = search(job, room)
+    if choice is None and smaller is not None:
+        job, notes = _smaller_batch(job, smaller, notes)
+        rows, choice = search(job, room)
+    if choice is None:
+        smallest = least(job)
+        others = [row for row in rows if row.choice.method != smallest.method]
+        return _plan(job, smallest, [_too_large(job, smallest, room), *others], notes)
     for _ in range(ATTEMPTS):
-        rows, choice = search(job, card.usable_bytes)
-        memory = job.memory(choice)
-        if memory.reserved <= card.usable_bytes or not any(row.fits for row in rows):
+        excess = job.memory(choice).reserved - card.usable_bytes
+        if excess <= 0:
             break
-        job.learn(choice, memory)  # and look again, at this choice's neighbours
+        room -= excess  # what the allocator takes beyond the guess
+        rows, again = search(job, room)
+        if again is None:
+            break
+        choice = again
+    return _plan(job, choice, [*rows, *_others(job, choice, room)], notes)
+
+
+def _smaller_batch(
+    job: Job, smaller: Callable[[int], tuple[Config, list[str]]], notes: list[str]
+) -> tuple[Job, list[str]]:
+    """The largest batch, halved as often as it takes, that fits; the same job where none does."""
+    sizes = [job.rows >> halved for halved in range(1, job.rows.bit_length())]
+
+    def of(rows: int) -> tuple[Job, list[str]]:
+        config, said = smaller(rows)
+        return replace(job, config=config, rows=rows), said
+
+    for rows in sizes if sizes and _fits_at_all(of(1)[0], job.card.usable_bytes) else []:
+        less, said = of(rows)
+        if _fits_at_all(less, job.card.usable_bytes):
+            why = f"instead of {job.rows}, which do not fit on {job.card.name}"
+            return less, [f"batch {rows}seq {why}", *said]
+    return job, notes
+
+
+def _plan(job: Job, choice: Choice, rows: list[Candidate], notes: list[str]) -> Plan:
+    """The plan of this choice, rehearsed as a whole."""
+    config, card, memory = job.config, job.card, job.memory(choice)
     rows = [_exact(row, memory, card) if row.choice == choice else row for row in rows]
     rows = [replace(row, quality=quality(kind_of(row.choice), job.model)) for row in rows]
     filled = _filled(config, choice, job.model)
-    speed = estimate(Timed(job.model, filled.optimizer, choice, job.rows, job.seq_len), card)
+    speed = estimate(job.timed(choice), card)
     if config.train.hours is not None and speed is not None:
         filled, note = within_hours(filled, config.train.hours, speed, job.model)
         notes = [*notes, note]
@@ -68,132 +123,86 @@ def make_plan(config: Config, card: Card, notes: list[str]) -> Plan:
 
 
 def _exact(row: Candidate, memory: Memory, card: Card) -> Candidate:
-    """The row of the choice, by its rehearsed peak instead of the estimate."""
+    """The row of the choice, by its replayed peak instead of the guess."""
     excess = memory.reserved - card.usable_bytes
-    reason = "chosen" if excess <= 0 else f"{format_bytes(excess)} too much"
+    reason = row.reason if excess <= 0 else f"{format_bytes(excess)} too much"
     return replace(row, fits=excess <= 0, peak_bytes=memory.reserved, bound=False, reason=reason)
 
 
-def search(job: Job, room: int) -> tuple[list[Candidate], Choice]:
-    """(rows of the table, the choice): the first kind that fits in `room`, or the smallest.
-
-    Behind the choice stand the methods that come next in quality.
-    """
-    rows: list[Candidate] = []
-    chosen: Choice | None = None
-    hopeless: set[str] = set()
-    tried = kinds(job.config, job.model)
-    smallest = _smallest_kinds(job, tried)
-    for kind in tried:
-        if kind.method in hopeless:
-            continue
-        least = smallest.get(kind.method)
-        beyond = None if least is None else _beyond(job, least, room)
-        rows.append(beyond or _best(job, kind, room))
-        if rows[-1].fits:
-            chosen = rows[-1].choice
-            rows += _besides(job, tried, rows, room)
+def search(job: Job, room: int) -> tuple[list[Candidate], Choice | None]:
+    """(rows of the table, the best choice that fits in `room`, if any)."""
+    best: Found | None = None
+    rejected: dict[str, Candidate] = {}
+    for family in families(job.config, job.model):
+        if best is not None and quality(family.best, job.model).rung > best.order[0]:
             break
-        if beyond or (least is not None and not _any_fits(job, least, room)):
-            hopeless.add(kind.method)
-    if chosen is None:
-        chosen = _least(job)
-        row = _too_large(job, chosen, room)
-        rows = [row if kind_of(old.choice) == kind_of(chosen) else old for old in rows]
-    return rows, chosen
+        found = _best_of(job, family, room)
+        if found is None:
+            row = _rejected(job, family, room)
+            if family.method not in rejected or row.peak_bytes < rejected[family.method].peak_bytes:
+                rejected[family.method] = row
+        elif best is None or found.order < best.order:
+            best = found
+    rows = list(rejected.values())
+    if best is None:
+        return rows, None
+    peak = job.peak(best.choice)
+    rows = [row for row in rows if row.choice.method != best.choice.method]
+    return [*rows, Candidate(best.choice, True, peak, reason="chosen")], best.choice
 
 
-def _smallest_kinds(job: Job, tried: list[Kind]) -> dict[str, Kind]:
-    """The smallest kind of each method, where the planner may choose it: least rank, 8-bit moments.
-
-    Where that does not fit nothing of its method does. Of a method that the user named every kind
-    is looked at.
-    """
-    if job.config.optimizer.method != "auto":
-        return {}
-
-    def size(kind: Kind) -> tuple[float, bool]:
-        return rank_share(kind.rank, job.model) or 0.0, kind.states != "8bit"
-
-    return {kind.method: kind for kind in sorted(tried, key=size, reverse=True)}
-
-
-def _beyond(job: Job, least: Kind, room: int) -> Candidate | None:
-    """The row of a method whose smallest kind needs more than `room` by the cheap bound alone."""
-    choice = min(_all_smallest(job, least), key=job.bound)
-    bound = job.bound(choice)
-    if bound <= room:
+def _best_of(job: Job, family: Family, room: int) -> Found | None:
+    """The best settings of a family that fit."""
+    if job.persistent(family.least) > room:
         return None
-    more = "" if job.persistent(choice) > room else ", gradients and block inputs"
-    reason = f"{format_bytes(bound - room)} too much in weights, states and sums{more} alone"
-    return Candidate(choice, False, bound, bound=True, reason=reason)
+    found = [_best_in(job, family, mode, room) for mode in _modes(job, family)]
+    return min((each for each in found if each is not None), key=lambda f: f.order, default=None)
 
 
-def _any_fits(job: Job, kind: Kind, room: int) -> bool:
-    return any(job.fits(choice, room) for choice in _all_smallest(job, kind))
+def _modes(job: Job, family: Family) -> list[UpdateMode]:
+    return modes(job.config, family.least, job.rows)
 
 
-def _all_smallest(job: Job, kind: Kind) -> list[Choice]:
-    allowed = modes(job.config, kind, job.rows)
-    return [choice for mode in allowed for choice in _smallest(job, kind, mode)]
+def _best_in(job: Job, family: Family, mode: UpdateMode, room: int) -> Found | None:
+    kinds = [family.kind(rank) for rank in family.ranks]
+
+    def fits(index: int) -> bool:
+        return any(job.fits(choice, room) for choice in _smallest(job, kinds[index], mode))
+
+    top = _last(len(kinds), fits)
+    if top is None:
+        return None
+    rung, low = quality(kinds[top], job.model).rung, top
+    if job.config.optimizer.rank == "auto":  # a rank that was asked for is not given up for speed
+        low = next(i for i in range(top + 1) if quality(kinds[i], job.model).rung <= rung)
+    settings = _fastest(job, kinds[low], mode, room)
+    if settings is None:
+        return None
+
+    def leaves_room(index: int) -> bool:
+        return job.fits(replace(settings, rank=kinds[index].rank), room)
+
+    raised = low + (_last(top + 1 - low, lambda index: leaves_room(low + index)) or 0)
+    choice = replace(settings, rank=kinds[raised].rank)
+    return Found(choice, (rung, mode == "fused", _speed_class(job, settings)))
 
 
-def _besides(job: Job, tried: list[Kind], rows: list[Candidate], room: int) -> list[Candidate]:
-    """The next methods in order, with the settings of the last row, which is the choice."""
-    shown = {row.choice.method for row in rows}
-    left: dict[str, Kind] = {}
-    for kind in tried:
-        if kind.method not in shown:
-            left.setdefault(kind.method, kind)
-    return [_beside(job, kind, rows[-1].choice, room) for kind in list(left.values())[:_BESIDE]]
+def _speed_class(job: Job, choice: Choice) -> int:
+    """Of the time per update: smaller is faster."""
+    return math.floor(math.log(job.seconds(choice)) / math.log(SPEED_CLASS))
 
 
-def _least(job: Job) -> Choice:
-    """The smallest settings of all: of those with the fewest persistent bytes, the lowest peak."""
-    tried = kinds(job.config, job.model)
-    smallest = list(_smallest_kinds(job, tried).values())
-    options = [choice for kind in smallest or tried for choice in _all_smallest(job, kind)]
-    return min(sorted(options, key=job.persistent)[:_RIVALS], key=job.peak)
-
-
-def _best(job: Job, kind: Kind, room: int) -> Candidate:
-    """The fastest settings of a kind that fit, or its smallest with what is missing."""
-    allowed = modes(job.config, kind, job.rows)
-    for mode in allowed:
-        found = _fastest(job, kind, mode, room)
-        if found is not None:
-            return Candidate(found, True, job.peak(found), reason="chosen")
-    smallest = _all_smallest(job, kind)
-    if job.config.optimizer.method == "auto":  # one kind of many: a row without rehearsals
-        return _too_large(job, min(smallest, key=job.bound), room)
-    rows = [_too_large(job, choice, room) for choice in smallest]
-    return min(rows, key=lambda row: (row.bound, row.peak_bytes))
-
-
-def _too_large(job: Job, least: Choice, room: int) -> Candidate:
-    """A row for settings that do not fit although there are no smaller ones."""
-    bound = job.persistent(least)
-    if bound > room:
-        reason = f"{format_bytes(bound - room)} too much in weights, states and sums alone"
-        return Candidate(least, False, bound, bound=True, reason=reason)
-    peak = job.peak(least)
-    where = f"even with micro-batch {least.micro_batch} and recompute {least.recompute}"
-    return Candidate(least, False, peak, reason=f"{format_bytes(peak - room)} too much {where}")
-
-
-def _beside(job: Job, kind: Kind, chosen: Choice, room: int) -> Candidate:
-    """A kind that comes after the choice, with the choice's settings."""
-    mode = chosen.update
-    if mode == "fused+subspace" and not sums_projected(kind, job.config.optimizer):
-        mode = "unfused"
-    settings = job.choice(kind, mode, chosen.recompute, chosen.micro_batch)
-    bound = job.bound(settings)
-    if bound > room:
-        return Candidate(settings, False, bound, bound=True, reason="does not fit so")
-    peak = job.peak(settings)
-    fits = peak <= room
-    reason = "fits; comes after the choice in published quality" if fits else "does not fit so"
-    return Candidate(settings, fits, peak, reason=reason)
+def _last(count: int, fits: Callable[[int], bool]) -> int | None:
+    """The last index that fits, of those of which all before it fit too."""
+    if not fits(0):
+        return None
+    if fits(count - 1):
+        return count - 1
+    low, high = 0, count - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _smallest(job: Job, kind: Kind, mode: UpdateMode) -> list[Choice]:
@@ -202,53 +211,156 @@ def _smallest(job: Job, kind: Kind, mode: UpdateMode) -> list[Choice]:
     fixed = job.config.train.micro_batch
     sizes = {job.rows} if mode == "fused" else {1, job.rows}
     sizes = sizes if fixed == "auto" else {settled(fixed)}
-    return [job.choice(kind, mode, levels(job.config)[-1], size) for size in sorted(sizes)]
+    return [job.choice(kind, mode, _most_recomputed(job), size) for size in sorted(sizes)]
+
+
+def _most_recomputed(job: Job) -> str:
+    fixed = job.config.train.recompute
+    return "full" if fixed == "auto" else fixed
 
 
 def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None:
-    """The settings with the least recomputation whose micro-batch is large enough."""
-    smallest = _smallest(job, kind, mode)
-    if mode == "fused" and not job.fits(smallest[0], room):
-        return None
-    best: Choice | None = None
-    for level in levels(job.config):
-        found = _largest_micro_batch(job, kind, mode, level, room)
-        if found is None:
-            continue
-        if best is None or found.micro_batch > best.micro_batch:
-            best = found
-        if found.accumulate == 1 or found.micro_batch * job.seq_len >= ENOUGH_TOKENS:
+    """The fastest micro-batch and recomputation that fit; of the equally fast the smallest."""
+    best: tuple[int, int, Choice] | None = None
+    least = "keep" if job.config.train.recompute == "auto" else _most_recomputed(job)
+    optimistic = [job.choice(kind, mode, least, size) for size in _micro_batches(job, mode)]
+    for hope in sorted(optimistic, key=job.seconds):
+        if best is not None and _speed_class(job, hope) > best[0]:
             break
+        found = _least_recomputed(job, hope, room)
+        if found is not None:
+            judged = (_speed_class(job, found), job.peak(found), found)
+            best = judged if best is None else min(best, judged, key=lambda each: each[:2])
+    return None if best is None else best[2]
+
+
+def _micro_batches(job: Job, mode: UpdateMode) -> list[int]:
+    """Sizes to try: powers of two, those between them, and the whole batch."""
+    fixed = job.config.train.micro_batch
+    if fixed != "auto":
+        return [settled(fixed)]
+    if mode == "fused":
+        return [job.rows]
+    most = max(1, MAX_TOKENS[job.config.train.device] // job.seq_len)
+    sizes = {size for power in range(20) for size in (2**power, 3 * 2**power)}
+    return [*sorted(size for size in sizes if size <= min(most, job.rows)), job.rows]
+
+
+def _least_recomputed(job: Job, choice: Choice, room: int) -> Choice | None:
+    """These settings with as few blocks recomputed as fit: those above keep everything first."""
+    if job.config.train.recompute != "auto":
+        return choice if job.fits(choice, room) else None
+    blocks = job.model.num_hidden_layers
+
+    def at(keep: int, attn: int) -> Choice:
+        return replace(choice, recompute=in_words(keep, attn, blocks))
+
+    def fitting(of: Callable[[int], Choice], most: int) -> int | None:
+        return _last(most + 1, lambda count: job.fits(of(count), room))
+
+    if job.fits(at(blocks, 0), room):
+        return at(blocks, 0)
+    more = fitting(lambda count: at(1 + count, 0), blocks - 1)
+    if more is None:
+        return None
+    keep = 1 + more
+    attn = fitting(lambda count: at(keep, count), blocks - keep) or 0
+    alone = fitting(lambda count: at(1, count), blocks - 1) or 0
+    return min(at(keep, attn), at(1, alone), key=job.seconds)
+
+
+def least(job: Job) -> Choice:
+    """The smallest settings of all: of those with the fewest persistent bytes, the lowest peak."""
+    found = families(job.config, job.model)
+    coarsest = weight_formats(job.config)[-1]
+    kinds = [family.least for family in found if family.weights == coarsest]
+    few = sorted(kinds, key=job.persistent)[:_SMALLEST_TRIED]
+    return min(_all_smallest(job, few), key=job.tensors)
+
+
+def _all_smallest(job: Job, kinds: Iterable[Kind]) -> list[Choice]:
+    return [
+        choice
+        for kind in kinds
+        for mode in modes(job.config, kind, job.rows)
+        for choice in _smallest(job, kind, mode)
+    ]
+
+
+def _rejected(job: Job, family: Family, room: int) -> Candidate:
+    """The row of a family of which nothing fits."""
+    if job.persistent(family.least) > room:
+        return _too_large(job, _all_smallest(job, [family.least])[0], room)
+    return _too_large(job, min(_all_smallest(job, [family.least]), key=job.tensors), room)
+
+
+def _too_large(job: Job, least: Choice, room: int) -> Candidate:
+    """A row for settings that do not fit although there are no smaller ones."""
+    bound = job.persistent(kind_of(least))
+    if bound <= room:
+        bound += job.sums(least)
+    if bound > room:
+        reason = f"{format_bytes(bound - room)} too much in weights, states and sums alone"
+        return Candidate(least, False, bound, bound=True, reason=reason)
+    peak = job.peak(least)
+    where = f"even with micro-batch {least.micro_batch} and recompute {least.recompute}"
+    return Candidate(least, False, peak, reason=f"{format_bytes(peak - room)} too much {where}")
+
+
+def _others(job: Job, choice: Choice, room: int) -> Iterator[Candidate]:
+    """What else fits: the next methods in quality, the fastest of all, and the smallest of all."""
+    tried = families(job.config, job.model)
+    shown, left = {choice.method}, dict[str, Family]()
+    for family in tried:
+        left.setdefault(family.method, family)
+    for method, family in left.items():
+        if (
+            len(shown) <= _BESIDE
+            and method not in shown
+            and quality(family.best, job.model).rung >= quality(kind_of(choice), job.model).rung
+        ):
+            shown.add(method)
+            found = _best_of(job, family, room)
+            if found is None:
+                yield _rejected(job, family, room)
+            else:
+                reason = "fits; comes after the choice in published quality"
+                yield Candidate(found.choice, True, job.peak(found.choice), reason=reason)
+    fastest = _fastest_of_all(job, tried, choice, room)
+    yield Candidate(fastest, True, job.peak(fastest), reason="fastest")
+    smallest = least(job)
+    yield Candidate(smallest, True, job.peak(smallest), reason="smallest")
+
+
+def _fastest_of_all(job: Job, tried: Sequence[Family], choice: Choice, room: int) -> Choice:
+    """The settings with the shortest update, of any quality."""
+    hopes = [
+        (job.seconds(hope), family)
+        for family in tried
+        for mode in _modes(job, family)
+        for hope in [job.choice(family.least, mode, "keep", _micro_batches(job, mode)[-1])]
+    ]
+    best = choice
+    for hope, family in sorted(hopes, key=lambda each: each[0]):
+        if hope >= job.seconds(best) / SPEED_CLASS:
+            break
+        if job.persistent(family.least) > room:
+            continue
+        for mode in _modes(job, family):
+            found = _fastest(job, family.least, mode, room)
+            if found is not None:
+                best = min(best, found, key=job.seconds)
     return best
 
 
-def _largest_micro_batch(
-    job: Job, kind: Kind, mode: UpdateMode, level: Level, room: int
-) -> Choice | None:
-    """The peak is nearly affine in the micro-batch: a few secants find where it meets the room."""
-    fixed = job.config.train.micro_batch
-    if fixed != "auto" or mode == "fused":
-        only = job.choice(kind, mode, level, job.rows if fixed == "auto" else settled(fixed))
-        return only if job.fits(only, room) else None
-    cap = max(1, min(job.rows, MAX_TOKENS[job.config.train.device] // job.seq_len))
-    top = job.choice(kind, mode, level, cap)
-    if job.fits(top, room):
-        return top
-    low = job.choice(kind, mode, level, 1)
-    if not job.fits(low, room):
-        whole = job.choice(kind, mode, level, job.rows)  # needs no float32 sums
-        return whole if job.fits(whole, room) else None
-    for _ in range(_SECANTS):
-        share = (room - job.peak(low)) / (job.peak(top) - job.peak(low))
-        micro = low.micro_batch + int(share * (top.micro_batch - low.micro_batch))
-        guess = job.choice(kind, mode, level, micro)
-        if guess.micro_batch in (low.micro_batch, top.micro_batch):
-            break
-        if job.fits(guess, room):
-            low = guess
-        else:
-            top = guess
-    return low
+def _fits_at_all(job: Job, room: int) -> bool:
+    kinds = [family.least for family in families(job.config, job.model)]
+    return any(
+        job.fits(choice, room)
+        for kind in kinds
+        if job.persistent(kind) <= room
+        for choice in _all_smallest(job, [kind])
+    )
 
 
 def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
@@ -262,6 +374,7 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "update": choice.update,
             "recompute": choice.recompute,
             "clip": "off" if choice.clip is None else choice.clip,
+            "weights": choice.weights,
         }
     )
     return config.model_copy(update={"optimizer": optimizer, "train": train})

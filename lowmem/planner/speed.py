@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowmem.config.defaults import with_updates
+from lowmem.config.recompute import keeps_attention, keeps_mlp, levels_of
 from lowmem.config.schema import Config, ModelConfig, OptimizerConfig
 from lowmem.errors import ConfigError
 from lowmem.planner.plan import Card, Choice, Rates, Speed
@@ -21,6 +22,7 @@ from lowmem.units import format_count, format_span
 UTILISATION = {"products": 0.5, "attention": 0.4}
 """Share of the peak rate. Presets: training end to end is published with 33 to 60 % on A100 and
 H100, 56 % by TinyLlama (arXiv:2401.02385); attention of short rows is slower."""
+HALF_FULL = 64  # tokens of a micro-batch at which its products reach half of that: a preset
 BANDWIDTH = 0.8  # share that a pass over large tensors reaches: a preset
 ERROR = 0.25  # of an estimate from presets
 # Operations/s of SVD, QR and Cholesky, which do not follow the peak of products: the matrices of 7B
@@ -75,12 +77,14 @@ class Op:
     operations: float = 0.0
     bytes: float = 0.0
     times: float = 1.0
+    tokens: float = 0.0  # of a product with activations, which few of them leave half idle
 
     def seconds(self, rates: Rates) -> float:
         moving = self.bytes / (BANDWIDTH * 1e9 * rates.bandwidth)
         share = UTILISATION.get(self.kind)
         rate = SOLVER_RATE if share is None else share * 1e12 * rates.tflops
-        return self.times * max(self.operations / rate, moving)
+        filled = self.tokens / (self.tokens + HALF_FULL) if self.tokens else 1.0
+        return self.times * max(self.operations / (rate * filled), moving)
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,17 @@ def estimate(timed: Timed, card: Card) -> Speed | None:
     """How fast these settings are on that card; None where its rates are not known."""
     if why_no_estimate(card, timed.choice.weights) or card.rates is None:
         return None
+    parts = seconds(timed, card.rates)
+    whole = sum(parts.values())
+    return Speed(timed.tokens / whole, whole, parts, ERROR)
+
+
+def seconds(timed: Timed, rates: Rates) -> dict[str, float]:
+    """Of an update, by what they are for."""
     parts: defaultdict[str, float] = defaultdict(float)
     for op in operations(timed):
-        parts[op.part] += op.seconds(card.rates)
-    seconds = sum(parts.values())
-    return Speed(timed.tokens / seconds, seconds, dict(parts), ERROR)
+        parts[op.part] += op.seconds(rates)
+    return dict(parts)
 
 
 def why_no_estimate(card: Card, weights: str) -> str:
@@ -148,7 +158,8 @@ def why_no_estimate(card: Card, weights: str) -> str:
         return "nobody knows the rates of a CPU; a run measures its own"
     if card.rates is None:
         return f"no rates are known for {card.name}; name a card, e.g. --gpu rtx4090"
-    return "" if weights == "bf16" else f"the table of cards has no rates for {weights} weights"
+    fast = weights in ("bf16", "int8")
+    return "" if fast else f"the table of cards has no rates for {weights} weights"
 
 
 def require_rates(card: Card, weights: str) -> None:
@@ -215,12 +226,18 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
     """Forward and backward of one micro-batch of so many tokens."""
     h, f, kv = model.hidden_size, model.intermediate_size, model.key_value_width
     q, blocks = model.num_attention_heads * model.head_dim, model.num_hidden_layers
-    again = 0 if choice.recompute == "keep" else blocks - 1  # the last block always keeps
-    attends = again if choice.recompute == "full" else 0
+    levels = levels_of(choice.recompute, blocks)
+    again = sum(not keeps_mlp(level) for level in levels)
+    attends = sum(not keeps_attention(level) for level in levels)
     for m, n, count in ((q, h, 1), (kv, h, 2), (h, q, 1)):
         yield _product(tokens, m, n, count * (3 * blocks + attends))
     yield _product(tokens, f, h, 2 * (3 * blocks + again))
     yield _product(tokens, h, f, 3 * blocks)
+
+    if choice.weights == "int8":  # made bf16 for every product: a byte read, two written
+        used = (2 * blocks + attends) * 2 * h * (q + kv)
+        used += (2 * blocks + again) * 2 * h * f + 2 * blocks * h * f
+        yield Op("int8 weights", "traffic", 0, 3 * used)
 
     causal = 2 * tokens * seq_len * q  # q k' and p v, half of each
     read = _ACTIVATION * tokens * (q + kv)
@@ -246,7 +263,7 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
 def _product(tokens: float, m: int, n: int, times: float, part: str = "products") -> Op:
     """(tokens, n) times (n, m); its two gradients are products of the same three sizes."""
     moved = _ACTIVATION * (tokens * (m + n) + m * n)
-    return Op(part, "products", 2 * tokens * m * n, moved, times)
+    return Op(part, "products", 2 * tokens * m * n, moved, times, tokens)
 
 
 def _matrix_update(timed: Timed, work: Work, m: int, n: int, count: int) -> Iterator[Op]:
@@ -294,7 +311,9 @@ def rank_of(timed: Timed, m: int, n: int) -> int:
     rank: Any = timed.choice.rank
     if isinstance(rank, dict):
         attention = timed.model.intermediate_size not in (m, n)
-        rank = rank.get("attention" if attention else "mlp", 0)
+        own = "attention" if attention else "mlp"
+        each = [value for key, value in rank.items() if key.partition(".")[0] == own]
+        rank = max(each, default=0)
     if timed.choice.method == "frugal":
         rank = float(timed.optimizer.options.get("density", 0.25))
     if rank is None:

@@ -33,7 +33,7 @@ def measured_peak(
         report(Measured("reserved", plan.memory.reserved, torch.cuda.max_memory_reserved(device)))
         return
     tracker = LiveBytes(device.type)
-    track_persistent(tracker, model, optimizer)
+    track_persistent(tracker, optimizer)
     with tracker:
         yield
     report(Measured("tensors", plan.memory.tensors, tracker.peak))

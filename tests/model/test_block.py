@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lowmem.config.schema import Level, ModelConfig
+from lowmem.config.recompute import Level
+from lowmem.config.schema import ModelConfig
 from lowmem.model.llama import Llama
 from lowmem.phases import current_phase
 

@@ -19,8 +19,7 @@ from lowmem.planner.candidates import (
     Kind,
     check_fused,
     clip_of,
-    kinds,
-    levels,
+    families,
     modes,
     sheet_settings,
 )
@@ -34,8 +33,15 @@ def config(**sections: Any) -> Config:
 
 
 def found(hidden_size: int = 128, **optimizer: Any) -> list[tuple[str, Any, str]]:
+    """(method, largest rank, states) of every family."""
     model = MODEL.model_copy(update={"hidden_size": hidden_size})
-    return [(k.method, k.rank, k.states) for k in kinds(config(optimizer=optimizer), model)]
+    best = [family.best for family in families(config(optimizer=optimizer), model)]
+    return [(kind.method, kind.rank, kind.states) for kind in best]
+
+
+def ranks(hidden_size: int = 128, **optimizer: Any) -> list[Any]:
+    model = MODEL.model_copy(update={"hidden_size": hidden_size})
+    return list(families(config(optimizer=optimizer), model)[0].ranks)
 
 
 def test_the_order_is_that_of_published_quality() -> None:
@@ -46,9 +52,7 @@ def test_the_order_is_that_of_published_quality() -> None:
         ("muon", None, "fp32"),
     ]
     galore = [kind for kind in found() if kind[0] == "galore"]
-    assert galore == [
-        ("galore", rank, states) for rank in (32, 16, 8, 4) for states in ("fp32", "8bit")
-    ]
+    assert galore == [("galore", 32, "fp32"), ("galore", 32, "8bit")]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,7 @@ def test_the_order_is_that_of_published_quality() -> None:
     ],
 )
 def test_the_best_published_come_first(preset: str, methods: list[str]) -> None:
-    order = [kind.method for kind in kinds(config(), read_preset(preset))]
+    order = [family.method for family in families(config(), read_preset(preset))]
     assert list(dict.fromkeys(order))[: len(methods)] == methods
 
 
@@ -86,10 +90,8 @@ def test_what_suits_some_methods_leaves_those(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_small_models_have_fewer_ranks_and_no_rank_below_four() -> None:
-    assert [rank for _, rank, _ in found(hidden_size=64, method="galore", states="fp32")] == [
-        *(16, 8, 4),
-    ]
-    assert [rank for _, rank, _ in found(hidden_size=8, method="galore", states="fp32")] == [4]
+    assert ranks(hidden_size=64, method="galore") == list(range(4, 17))
+    assert ranks(hidden_size=8, method="galore") == [2]
 
 
 @pytest.mark.parametrize(
@@ -179,25 +181,24 @@ def sheet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("model", "ranks"),
     [
-        ("llama-60m", [128, 64, 32, 16]),
-        ("llama-9m", [32, 16, 8, 4]),  # 128 of 512, at a hidden size of 128
-        ("llama-1b", [256, 128, 64, 32]),
-        ("llama-7b", [512, 256, 128, 64]),  # 256 of 2048, at 4096
+        ("llama-60m", list(range(16, 129, 8))),
+        ("llama-9m", list(range(4, 33))),  # 128 of 512, at a hidden size of 128
+        ("llama-1b", list(range(32, 257, 8))),
+        ("llama-7b", list(range(64, 513, 8))),  # 256 of 2048, at 4096
     ],
 )
 def test_ranks_begin_at_the_sheets_share_of_the_hidden_size(model: str, ranks: list[int]) -> None:
     asked = config(optimizer={"method": "sheet", "states": "fp32"})
-    assert [kind.rank for kind in kinds(asked, read_preset(model))] == ranks
+    assert list(families(asked, read_preset(model))[0].ranks) == ranks
 
 
 @pytest.mark.parametrize(
     ("rank", "expected"),
     [
-        (None, [32, 16, 8, 4]),  # a quarter of the hidden size
+        (None, list(range(4, 33))),  # a quarter of the hidden size
         (1, [1]),  # never more than the sheet says
         (2, [2]),
-        (512, [32, 16, 8, 4]),
-        (0.5, [0.5, 0.25, 0.125, 0.0625]),
+        (512, list(range(4, 33))),
     ],
 )
 def test_one_recipe_for_all_sizes_names_the_largest_rank(
@@ -205,7 +206,7 @@ def test_one_recipe_for_all_sizes_names_the_largest_rank(
 ) -> None:
     recipe = {"lr": 0.1} if rank is None else {"lr": 0.1, "rank": rank}
     monkeypatch.setitem(METHODS, "sheet", MethodSpec(galore, {"any": recipe}, ""))
-    assert [kind[1] for kind in found(method="sheet", states="fp32")] == expected
+    assert ranks(method="sheet") == expected
 
 
 @pytest.mark.parametrize(
@@ -224,8 +225,8 @@ def test_a_method_without_formats_leaves_the_setting_alone(
 
     monkeypatch.setitem(METHODS, "plain", MethodSpec(plain, {"any": {"lr": 0.1}}, ""))
     assert found(method="plain") == [("plain", None, "own")]
-    (kind,) = kinds(config(optimizer={"method": "plain"}), MODEL)
-    assert kind.optimizer(config().optimizer, MODEL.parameters).states == "auto"
+    (family,) = families(config(optimizer={"method": "plain"}), MODEL)
+    assert family.best.optimizer(config().optimizer, MODEL.parameters).states == "auto"
     with pytest.raises(ConfigError, match=r"optimizer\.states is unknown to method 'plain'"):
         found(method="plain", states="8bit")
 
@@ -255,7 +256,7 @@ def test_alpha_and_scale_are_one_setting(given: dict[str, float]) -> None:
     """The sheet's scale must not contradict the alpha that a user gives."""
     assert "scale" in sheet_settings("apollo", MODEL.parameters, {})
     assert not {"alpha", "scale"} & sheet_settings("apollo", MODEL.parameters, given).keys()
-    assert kinds(config(optimizer={"method": "apollo", **given}), MODEL)
+    assert families(config(optimizer={"method": "apollo", **given}), MODEL)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -263,7 +264,8 @@ def test_what_a_sheet_fills_is_what_is_built(method: str) -> None:
     """For every size: built without complaint, and the same when it is read back from a file."""
     for size in ("llama-tiny", "llama-130m", "llama-1b", "llama-13b"):
         model = read_preset(size)
-        for kind in kinds(config(optimizer={"method": method}), model):
+        for family in families(config(optimizer={"method": method}), model):
+            kind = family.best
             filled = kind.optimizer(config().optimizer, model.parameters)
             again = config(optimizer=tomllib.loads(to_toml(Config(optimizer=filled)))["optimizer"])
             assert again.optimizer == filled
@@ -319,9 +321,23 @@ def test_what_fused_cannot_do_is_told(train: dict[str, Any], message: str, fix: 
     assert "--update fused+subspace" in caught.value.fix
 
 
-def test_levels_fastest_first_or_as_asked() -> None:
-    assert levels(config()) == ["keep", "attn", "full"]
-    assert levels(config(train={"recompute": "attn"})) == ["attn"]
+def test_the_largest_rank_that_fits_may_be_any() -> None:
+    assert ranks(method="galore", rank="fit") == list(range(1, 129))
+    assert ranks(method="galore", rank="fit-fraction")[:2] == [1 / 128, 2 / 128]
+    assert ranks(method="galore", rank="fit-mlp")[-1] == {"attention": 64, "mlp": 128}
+
+
+@pytest.mark.parametrize(
+    ("train", "formats"),
+    [
+        ({"device": "cuda"}, ["bf16", "int8"]),
+        ({"device": "cuda", "weights": "int8"}, ["int8"]),
+        ({"device": "cpu"}, ["fp32"]),
+    ],
+)
+def test_weights_are_exact_first_or_as_asked(train: dict[str, Any], formats: list[str]) -> None:
+    asked = config(train=train, optimizer={"method": "galore", "states": "8bit"})
+    assert [family.weights for family in families(asked, read_preset("llama-7b"))] == formats
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import zlib
 import pytest
 
 from lowmem.config.presets import preset_names, read_preset
+from lowmem.config.recompute import levels_of
 from lowmem.config.schema import Config, ModelConfig
 from lowmem.optim.methods import METHODS
 from lowmem.optim.methods.spec import SIZES
 from lowmem.planner import quality
-from lowmem.planner.candidates import Kind, kinds
+from lowmem.planner.candidates import Kind, families
 from lowmem.planner.candidates import quality as quality_of
-from lowmem.planner.job import Job
+from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Card, Choice
 from lowmem.planner.quality import CLASS, DOUBT, Evidence, automatic, evidence, penalty
 from lowmem.planner.search import search
@@ -178,7 +179,7 @@ def test_only_published_methods_are_automatic() -> None:
 @pytest.mark.parametrize("preset", preset_names())
 def test_the_order_is_that_of_the_penalties(preset: str) -> None:
     model = read_preset(preset)
-    tried = kinds(Config(), model)
+    tried = [family.best for family in families(Config(), model)]
     nats = [quality_of(kind, model).nats for kind in tried]
     rungs = [math.floor(each / CLASS + 1e-6) for each in nats]
     assert rungs == sorted(rungs)
@@ -187,7 +188,7 @@ def test_the_order_is_that_of_the_penalties(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", ["llama-tiny", "llama-9m"])
 def test_a_small_first_run_is_plain_adamw(preset: str) -> None:
-    assert kinds(Config(), read_preset(preset))[0] == Kind("adamw", None, "fp32")
+    assert families(Config(), read_preset(preset))[0].best == Kind("adamw", None, "fp32", "fp32")
 
 
 class Imagined(Job):
@@ -195,21 +196,24 @@ class Imagined(Job):
 
     seed = 0
 
-    def bound(self, choice: Choice) -> int:
-        return self.persistent(choice)
+    def persistent(self, kind: Kind) -> int:
+        base = zlib.crc32(f"{self.seed} {kind.method}".encode()) % 1000
+        rank = kind.rank if isinstance(kind.rank, int) else 0
+        states = {"8bit": 1, "bf16": 2}.get(kind.states, 4)
+        return base + states * (10 + rank) + (100 if kind.weights == "bf16" else 50)
 
-    def persistent(self, choice: Choice) -> int:
-        base = zlib.crc32(f"{self.seed} {choice.method}".encode()) % 1000
-        rank = choice.rank if isinstance(choice.rank, int) else 0
-        states = {"8bit": 1, "bf16": 2}.get(choice.states, 4)
-        return base + states * (10 + rank) + {"fused": 0}.get(choice.update, 100)
+    def sums(self, choice: Choice) -> int:
+        return 0 if choice.update == "fused" else 100
+
+    def tensors(self, choice: Choice) -> int:
+        cost = {"keep": 9, "attn": 5, "full": 1}
+        levels = levels_of(choice.recompute, self.model.num_hidden_layers)
+        kept = sum(cost[level] for level in levels) / len(levels)
+        above = self.sums(choice) + round(kept * choice.micro_batch)
+        return self.persistent(kind_of(choice)) + above
 
     def peak(self, choice: Choice) -> int:
-        level = {"keep": 9, "attn": 5, "full": 1}[choice.recompute]
-        return self.persistent(choice) + level * choice.micro_batch
-
-    def fits(self, choice: Choice, room: int) -> bool:
-        return self.peak(choice) <= room
+        return self.tensors(choice)
 
 
 def imagined(model: ModelConfig, seed: int) -> Imagined:
@@ -227,16 +231,16 @@ def test_removing_memory_never_gives_a_better_penalty(preset: str, seed: int) ->
     job = imagined(model, seed)
     earlier = None
     for room in range(5400, -1, -300):
-        rows, choice = search(job, room)
-        if not any(row.fits for row in rows):
-            assert job.peak(choice) > room
+        _, choice = search(job, room)
+        if choice is None:
             break
         assert job.peak(choice) <= room
         assert choice.method in automatic(list(METHODS))
-        rung = quality_of(Kind(choice.method, choice.rank, choice.states), model).rung
+        rung = quality_of(kind_of(choice), model).rung
         assert earlier is None or rung >= earlier
         earlier = rung
-        fitting = [k for k in kinds(job.config, model) if job.fits(_least(job, k), room)]
+        kinds = [f.kind(rank) for f in families(job.config, model) for rank in f.ranks]
+        fitting = [kind for kind in kinds if job.fits(_least(job, kind), room)]
         assert rung == min(quality_of(kind, model).rung for kind in fitting)
     else:
         raise AssertionError("everything fitted into nothing")

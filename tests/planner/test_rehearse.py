@@ -62,10 +62,10 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
             yield tuple(torch.ones(2, seq_len, dtype=torch.int64) for _ in range(2))  # type: ignore[misc]
 
     tracker = LiveBytes("cpu")
-    track_persistent(tracker, model, optimizer)
+    track_persistent(tracker, optimizer)
     with tracker:
         for _ in range(2):
-            gather(
+            loss_and_norm = gather(
                 model,
                 optimizer,
                 MadeAnew(batches),
@@ -75,6 +75,7 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
                 clip=how.clip,
             )
             optimizer.step()
+    del loss_and_norm  # as a training loop holds them
     return tracker.peak
 
 

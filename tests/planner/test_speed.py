@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem.config.defaults import settle
 from lowmem.config.presets import read_preset
-from lowmem.config.schema import Config, Level, ModelConfig, OptimizerConfig
+from lowmem.config.recompute import Level
+from lowmem.config.schema import Config, ModelConfig, OptimizerConfig
 from lowmem.errors import ConfigError
 from lowmem.kernels import linear_cross_entropy
 from lowmem.kernels.linear_cross_entropy import by_tokens, by_vocabulary, slices_vocabulary

@@ -1,0 +1,387 @@
+"""The exact peak of any depth and method, from small rehearsals that candidates share.
+
+Two things are rehearsed apart, once each:
+
+    ModelBytes      a model of three blocks whose gradients nobody keeps: bytes at every moment,
+                    and at which of them each weight's gradient is handed over
+    OptimizerBytes  what the optimizer adds, weight by weight: bytes at the worst moment of each
+                    call beyond those before it, and bytes that stay
+
+Blocks are alike, so another depth or other recomputation levels are the same moments at other
+heights. `compose` walks along an update and adds both up. It equals the rehearsal of the whole
+model to the byte (tests/planner/test_compose.py) in a thousandth of the time.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowmem.config.recompute import Level, levels_of
+from lowmem.config.schema import ModelConfig, UpdateMode
+from lowmem.model.llama import Llama
+from lowmem.optim.method import Dense
+from lowmem.optim.optimizer import Optimizer
+from lowmem.optim.rules import Sgd
+from lowmem.phases import current_phase
+from lowmem.planner.plan import Choice
+from lowmem.planner.rehearse import (
+    LiveBytes,
+    evaluate,
+    model_on_meta,
+    standing_for,
+    track_persistent,
+    update,
+)
+
+BLOCKS = 3  # the first, one that stands for all between, and the last
+_BLOCK_PHASE = re.compile(r"(forward|backward) of block (\d+)")
+_BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def _block(index: int) -> str:
+    return f"model.layers.{index}."
+
+
+def kin(name: str) -> str:
+    """A weight's name without the number of its block."""
+    return _BLOCK_NAME.sub("", name)
+
+
+@dataclass
+class Moment:
+    """Bytes live at one moment, or the most of several; `handed` names a gradient that then is."""
+
+    live: int
+    handed: str = ""  # kin of the weight
+
+
+@dataclass
+class Section:
+    """The moments of one phase; start: bytes at the first of them."""
+
+    name: str
+    start: int
+    moments: list[Moment] = field(default_factory=list)
+
+
+@dataclass
+class Pass:
+    """A micro-batch in the order of time; blocks are those rehearsed, the first one first."""
+
+    opening: list[Moment] = field(default_factory=list)
+    forward: list[Section] = field(default_factory=list)
+    turn: list[Moment] = field(default_factory=list)  # final norm, head and loss
+    backward: list[Section] = field(default_factory=list)
+    closing: list[Moment] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """passes: one, or the first and a later micro-batch. resting: bytes after the last of them.
+    evaluation: the peak of an evaluation batch. pieces: kin of a weight -> rows of its gradient
+    that are handed at each time.
+    """
+
+    passes: list[Pass]
+    resting: int
+    evaluation: int
+    pieces: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """extra: bytes at the worst moment beyond those before. left: bytes after, less before."""
+
+    extra: int
+    left: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """received: calls for the pieces of a gradient, in each pass. step: that of `step`."""
+
+    received: list[list[Call]]
+    step: Call
+
+
+@dataclass(frozen=True)
+class OptimizerBytes:
+    """persistent: weights and states of the whole model. costs: of all weights, in the order of
+    `step`. norm: of all gradients, with clipping.
+    """
+
+    persistent: int
+    costs: Mapping[str, Cost]
+    norm: Call
+
+    @property
+    def held(self) -> int:
+        """Bytes between the micro-batches of an update."""
+        return sum(call.left for cost in self.costs.values() for call in cost.received[0])
+
+
+class _Recorder(LiveBytes):
+    """Keeps every moment of a model whose gradients are dropped when they are handed over.
+
+    Its weights are seen, lest a view of one counts as new, and not counted.
+    """
+
+    def __init__(self, llama: Llama, scratch: bool) -> None:
+        super().__init__("meta", scratch)
+        self.sections: list[Section] = []
+        self.track(dict(llama.named_parameters()), "weights")
+        self.live = self.peak = 0
+        self.sections.clear()
+        self.pieces: defaultdict[str, list[int]] = defaultdict(list)
+
+    def _mark(self, scratch: int, part: str) -> None:
+        super()._mark(scratch, part)
+        self._remember(self.live + scratch)
+
+    def hand(self, name: str, gradient: Tensor) -> None:
+        self._remember(self.live, kin(name))
+        self.pieces[name].append(len(gradient))
+
+    def _remember(self, live: int, handed: str = "") -> None:
+        name = (*current_phase(), "")[0]
+        if not self.sections or self.sections[-1].name != name:
+            self.sections.append(Section(name, live))
+        moments = self.sections[-1].moments
+        if moments and not handed and not moments[-1].handed:
+            moments[-1].live = max(moments[-1].live, live)
+        else:
+            moments.append(Moment(live, handed))
+
+
+class _Listener(Optimizer):
+    """In the optimizer's place: it tells the recorder and keeps nothing."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__("unfused", 0)
+        self.recorder = recorder
+
+    def receive(self, name: str, grad: Tensor) -> None:
+        self.recorder.hand(name, grad)
+
+    def norm(self) -> Tensor:
+        return torch.empty(0, device="meta")
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        pass
+
+
+def model_bytes(
+    model: ModelConfig, choice: Choice, level: Level, seq_len: int, attention: str
+) -> ModelBytes:
+    """Rehearse a model of at most three blocks at that level, with the choice's micro-batch."""
+    blocks = min(BLOCKS, model.num_hidden_layers)
+    small = model.model_copy(update={"num_hidden_layers": blocks})
+    llama = model_on_meta(small, choice.weights, level, attention)
+    recorder = _Recorder(llama, scratch=attention != "cpu")
+    listener = _Listener(recorder)
+    listener.attach(llama)
+    with recorder, standing_for(attention):
+        loss_and_norm = update(llama, listener, choice, seq_len)
+        passes = _passes(recorder.sections)
+        recorder.peak = resting = recorder.live
+        evaluate(llama, choice, seq_len)
+    del loss_and_norm  # which a training loop holds until the next update
+    pieces = {kin(name): rows[: len(rows) // len(passes)] for name, rows in recorder.pieces.items()}
+    return ModelBytes(passes, resting, recorder.peak, pieces)
+
+
+def _passes(sections: Iterable[Section]) -> list[Pass]:
+    """Sections of an update, micro-batch by micro-batch."""
+    passes = [Pass()]
+    for section in sections:
+        match, now = _BLOCK_PHASE.fullmatch(section.name), passes[-1]
+        if match is not None:
+            getattr(now, match[1]).append(section)
+        elif now.backward and section.name.startswith("gradient"):
+            now.closing += section.moments
+        elif now.backward:
+            passes.append(Pass(opening=section.moments))
+        else:
+            (now.turn if now.forward else now.opening).extend(section.moments)
+    for each in passes:
+        each.backward.reverse()
+    return passes
+
+
+def persistent_bytes(owner: Optimizer, blocks: int) -> int:
+    """Weights and states of a model with so many blocks, from its optimizer or that of two."""
+    tracker = LiveBytes("meta")
+    second = [name for name in owner.slots if name.startswith(_block(1))]
+    track_persistent(tracker, owner, [name for name in owner.slots if name not in second])
+    others = tracker.live
+    track_persistent(tracker, owner, second)
+    return tracker.live + (blocks - _depth(owner)) * (tracker.live - others)
+
+
+def optimizer_bytes(
+    owner: Optimizer, choice: Choice, pieces: Mapping[str, list[int]], attention: str, blocks: int
+) -> OptimizerBytes:
+    """Rehearse an optimizer on meta. Its extra passes, where a method makes any, are left out.
+
+    owner: of a model with two blocks if all are alike, else of the whole model, which has so many
+    `blocks`. pieces: of ModelBytes.
+    """
+    tracker = LiveBytes("meta", scratch=attention != "cpu")
+    track_persistent(tracker, owner)
+    with tracker, standing_for(attention):
+        measured = _costs(tracker, owner, choice, pieces)
+    costs, depth = {}, _depth(owner)
+    last = [name for name in measured if name.startswith(_block(depth - 1))]
+    for name, cost in measured.items():
+        costs[name] = cost
+        for index in range(depth, blocks) if name == last[-1] else ():
+            costs |= {_block(index) + kin(each): measured[each] for each in last}
+    norm = norm_bytes(choice.update, choice.clip is not None, len(costs))
+    return OptimizerBytes(persistent_bytes(owner, blocks), costs, norm)
+
+
+def _depth(owner: Optimizer) -> int:
+    return len({match[0] for match in map(_BLOCK_NAME.match, owner.slots) if match})
+
+
+def _costs(
+    tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Mapping[str, list[int]]
+) -> dict[str, Cost]:
+    """Every call for each weight; once for those of different blocks with the same state."""
+    micro_batches = min(choice.accumulate, 2)
+    owner.begin(0.0, micro_batches)
+    known: dict[str, Cost] = {}
+    found = {}
+    for name, slot in owner.slots.items():
+        tensors = {k: v.shape for k, v in slot.state.items() if isinstance(v, Tensor)}
+        alike = f"{kin(name)} {tensors}"
+        if alike not in known:
+            received = [
+                [_received(tracker, owner, name, rows) for rows in pieces[kin(name)]]
+                for _ in range(micro_batches)
+            ]
+            known[alike] = Cost(received, _called(tracker, owner.step))
+        found[name] = known[alike]
+    return found
+
+
+def _received(tracker: LiveBytes, owner: Optimizer, name: str, rows: int) -> Call:
+    """The gradient itself is there before, and gone after unless the optimizer keeps it."""
+    weight, before = owner.slots[name].weight, tracker.live
+    gradient = torch.empty((rows, *weight.shape[1:]), dtype=weight.dtype, device="meta")
+    tracker.peak = held = tracker.live
+    owner.receive(name, gradient)
+    extra = tracker.peak - held
+    del gradient
+    return Call(extra, tracker.live - before)
+
+
+def _called(tracker: LiveBytes, call: Callable[[], object]) -> Call:
+    tracker.peak = before = tracker.live
+    result = call()
+    made = Call(tracker.peak - before, tracker.live - before)
+    del result  # what it holds is left
+    return made
+
+
+@cache
+def norm_bytes(mode: UpdateMode, clipped: bool, weights: int) -> Call:
+    """The norm of so many gradients, and its clipping: neither depends on their sizes."""
+    owner = Optimizer(mode, 0)
+    for index in range(weights):
+        owner.add(str(index), torch.empty(1, device="meta"), Dense(Sgd()), 0.0)
+    owner.begin(0.0, 1)
+
+    def call() -> Tensor:
+        norm = owner.norm()
+        if clipped:
+            owner.clip(norm, 1.0)
+        return norm
+
+    with LiveBytes("meta") as tracker:
+        for name in owner.slots:
+            owner.receive(name, torch.empty(1, device="meta"))
+        return _called(tracker, call)
+
+
+def compose(
+    model: Mapping[Level, ModelBytes], optimizer: OptimizerBytes, recompute: str, blocks: int
+) -> int:
+    """The peak of an update and an evaluation batch, in bytes of live tensors.
+
+    model: for each level that `recompute` names. blocks: of the whole model.
+    """
+    levels = levels_of(recompute, blocks)
+    last = min(blocks, BLOCKS) - 1
+    like = [0 if index == 0 else 1 for index in range(blocks - 1)] + [last]
+    # The last block keeps everything whatever its level, so any level's rehearsal shows it.
+    of = [model[level] for level in levels[:-1]]
+    of.append(of[-1] if of else model[levels[-1]])
+    held = most = 0
+    for number in range(len(of[-1].passes)):
+        passes = [each.passes[number] for each in of]
+        walked = list(zip(passes, like, _shifts(passes, like), strict=True))
+        for moments, shift, block in _in_time(walked):
+            peak, left = _walked(moments, optimizer.costs, number, block)
+            most, held = max(most, held + shift + peak), held + left
+    return optimizer.persistent + max(most, _stepped(of[-1], optimizer, held))
+
+
+def _in_time(blocks: Sequence[tuple[Pass, int, int]]) -> Iterator[tuple[list[Moment], int, str]]:
+    """(moments, how much higher they are than rehearsed, prefix of the names of their weights).
+
+    blocks: for each its rehearsal, which of the rehearsed blocks is like it, and its shift.
+    """
+    top, _, highest = blocks[-1]
+    yield top.opening, 0, ""
+    for each, at, shift in blocks:
+        yield each.forward[at].moments, shift, ""
+    yield top.turn, highest, ""
+    for index, (each, at, shift) in reversed(list(enumerate(blocks))):
+        yield each.backward[at].moments, shift, _block(index)
+    yield top.closing, 0, ""
+
+
+def _shifts(passes: Sequence[Pass], like: Sequence[int]) -> list[int]:
+    """How much higher each block's moments are than those of the rehearsed block that it is like.
+
+    Below them lies what the blocks before it keep.
+    """
+    height, shifts = passes[0].forward[0].start, []
+    for each, at in zip(passes, like, strict=True):
+        shifts.append(height - each.forward[at].start)
+        if at + 1 < len(each.forward):
+            height += each.forward[at + 1].start - each.forward[at].start
+    return shifts
+
+
+def _walked(
+    moments: Iterable[Moment], costs: Mapping[str, Cost], number: int, block: str
+) -> tuple[int, int]:
+    """(the highest of these moments with what the optimizer adds, bytes that it keeps)."""
+    most = held = 0
+    pieces: defaultdict[str, int] = defaultdict(int)
+    for moment in moments:
+        if not moment.handed:
+            most = max(most, held + moment.live)
+            continue
+        call = costs[block + moment.handed].received[number][pieces[moment.handed]]
+        pieces[moment.handed] += 1
+        most = max(most, held + moment.live + call.extra)
+        held += call.left
+    return most, held
+
+
+def _stepped(model: ModelBytes, optimizer: OptimizerBytes, held: int) -> int:
+    """The peak of norm, clipping, `step` and an evaluation batch after the last micro-batch."""
+    most = model.resting + held + optimizer.norm.extra
+    held += optimizer.norm.left
+    for cost in optimizer.costs.values():
+        most = max(most, model.resting + held + cost.step.extra)
+        held += cost.step.left
+    return max(most, model.evaluation + held)
