@@ -97,19 +97,29 @@ def train(
     command.train(given, dry_run=dry_run, as_json=json)
 
 
-def resume(given: Given, run: Run, json: Json = False) -> None:
+def resume(
+    given: Given,
+    run: Run,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="previous", help="the newest intact one before the newest"),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Continue a run exactly where its last checkpoint stands.
 
+    --micro-batch and --recompute may change: the batches stay the same, sums only round otherwise.
+
     \b
-    Example:
+    Examples:
       lowmem resume runs/llama-60m-galore-1
+      lowmem resume runs/llama-60m-galore-1/checkpoints/step-002000
+      lowmem resume runs/llama-60m-galore-1 --from previous
+      lowmem resume runs/llama-60m-galore-1 --micro-batch 4 --recompute full
     """
-    from lowmem.train.guard import stopped_while_loading
+    from lowmem.cli import resume as command
 
-    with stopped_while_loading(str(run)):
-        from lowmem.cli import resume as command
-
-        command.resume(given, run, as_json=json)
+    command.resume(given, run, start, as_json=json)
 
 
 def evaluate(given: Given, path: Weights, json: Json = False) -> None:
@@ -279,7 +289,9 @@ def schema(given: Given) -> None:
 RUNS, LOOK = "Runs", "Data, configuration, machine"
 app.command("plan", rich_help_panel=RUNS)(with_settings(plan, SETTINGS, files=True))
 app.command("train", rich_help_panel=RUNS)(with_settings(train, SETTINGS, files=True))
-app.command("resume", rich_help_panel=RUNS)(with_settings(resume))
+app.command("resume", rich_help_panel=RUNS)(
+    with_settings(resume, named("--micro-batch", "--recompute"))
+)
 app.command("eval", rich_help_panel=RUNS)(with_settings(evaluate, named(*EVALUATION)))
 app.command("export", rich_help_panel=RUNS)(with_settings(export))
 app.command("sample", rich_help_panel=RUNS)(with_settings(sample))

@@ -43,6 +43,7 @@ class TokenStream:
         self.tokens: int = split["tokens"]
         self.documents: int = split["documents"]
         self._counts_file = folder / split["counts"]
+        self._files = [s["file"] for s in split["shards"]]
         self._maps = [np.memmap(folder / s["file"], dtype, "r") for s in split["shards"]]
         self._starts = np.cumsum([0] + [s["tokens"] for s in split["shards"]])
 
@@ -60,6 +61,11 @@ class TokenStream:
             done += len(part)
             shard += 1
         return out
+
+    def place(self, token: int) -> tuple[str, int]:
+        """(file, number of the token in it) of a token of the stream."""
+        shard = int(np.searchsorted(self._starts, token, side="right")) - 1
+        return self._files[shard], token - int(self._starts[shard])
 
     @cached_property
     def counts(self) -> np.ndarray:

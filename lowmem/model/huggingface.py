@@ -20,10 +20,11 @@ from lowmem.config.huggingface import (
 from lowmem.config.schema import ModelConfig
 from lowmem.errors import CheckpointError
 from lowmem.model.llama import Llama
-from lowmem.tensorfile import read_tensors, write_tensors
+from lowmem.tensorfile import read_tensors, stays_inside, write_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}  # transformers refuses files without it
 
 
 class SavedTokenizer(Protocol):
@@ -32,26 +33,39 @@ class SavedTokenizer(Protocol):
     @property
     def end_id(self) -> int: ...
 
-    def save(self, folder: Path) -> None: ...
+    def files(self) -> dict[str, bytes]: ...
 
 
 def save_folder(model: Llama, folder: Path, tokenizer: SavedTokenizer | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors, and the tokenizer's files.
 
-    The folder is made where it is missing. The end-of-document token becomes eos_token_id, so that
-    generation stops at it.
+    The folder is made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-    dtype = str(weights[0][1].dtype).removeprefix("torch.")
+    for name, content in folder_files(model, tokenizer).items():
+        (folder / name).write_bytes(content)
+    write_tensors(folder / WEIGHTS, folder_weights(model), METADATA)
+
+
+def folder_files(model: Llama, tokenizer: SavedTokenizer | None = None) -> dict[str, bytes]:
+    """Everything of a folder but the weights, by name.
+
+    The end-of-document token becomes eos_token_id, so that generation stops at it.
+    """
+    dtype = str(model.head_weight.dtype).removeprefix("torch.")
     config = model.config
     if tokenizer is not None:
         config = config.model_copy(update={"eos_token_id": tokenizer.end_id})
-    _write_json(folder / "config.json", huggingface_config(config, dtype))
-    _write_json(folder / "generation_config.json", huggingface_generation_config(config))
-    write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    files = {
+        "config.json": _json(huggingface_config(config, dtype)),
+        "generation_config.json": _json(huggingface_generation_config(config)),
+    }
+    return files | tokenizer.files() if tokenizer is not None else files
+
+
+def folder_weights(model: Llama) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of what model.safetensors holds."""
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 
 def load_folder(
@@ -109,6 +123,8 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     else:
         files = [WEIGHTS]
     for file in files:
+        if not stays_inside(file):
+            raise _mismatch(folder, f"{INDEX} names {file!r}, a path that leaves the folder")
         if not (folder / file).exists():
             raise CheckpointError(
                 f"{folder / file} is missing",
@@ -139,5 +155,5 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def _json(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -176,12 +176,12 @@ def rates_of_device(name: str, total: int) -> Rates | None:
 
 
 def _host_card() -> Card:
-    available = _available_memory()
+    available = available_memory()
     margin = round(_HOST_MARGIN * available)
     return Card("host memory", available, 0, 0, margin, "measured", kind="cpu")
 
 
-def _available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
     """Bytes that programs can still get; all of the memory where the system does not say."""
     if meminfo.exists():
         match = re.search(r"^MemAvailable:\s+([0-9]+) kB$", meminfo.read_text(), re.MULTILINE)

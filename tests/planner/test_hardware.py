@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowmem.errors import ConfigError, HardwareError
-from lowmem.planner.hardware import _available_memory, card_facts, find_card, rates_of_device
+from lowmem.planner.hardware import available_memory, card_facts, find_card, rates_of_device
 from lowmem.units import GIB, MIB
 
 ROOT = Path(__file__).parents[2]
@@ -177,8 +177,8 @@ def test_planning_for_a_named_card_imports_no_torch() -> None:
 def test_host_memory_is_what_the_kernel_calls_available(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 32000 kB\nMemFree:  100 kB\nMemAvailable:   20000 kB\n")
-    assert _available_memory(meminfo) == 20000 * 1024
-    assert _available_memory(tmp_path / "none") > GIB // 4
+    assert available_memory(meminfo) == 20000 * 1024
+    assert available_memory(tmp_path / "none") > GIB // 4
 
 
 def test_every_card_of_the_table_is_found_and_plausible() -> None:
