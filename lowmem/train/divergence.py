@@ -134,7 +134,7 @@ class Guard:
 
     def rolled_back(self, made: RollBack) -> None:
         """This is the memory of the checkpoint that the run has gone back to."""
-        self.first_bad, self.bad = None, 0
+        self.first_bad, self.bad = None, self.config.skips  # the next bad one goes back at once
         self.rollbacks, self.last_bad = made.number, made.last
         self.left_out.append([made.first, made.last])
 

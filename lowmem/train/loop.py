@@ -185,6 +185,8 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
             if stopping:
                 saver.finish()
                 raise _stopped(run, str(stop.signal), at.update)
+    if begun < updates and not guard.losses:
+        raise diverged(updates - 1, "loss nan or inf in every update", optimizer.mode, guard, None)
     return at
 
 
