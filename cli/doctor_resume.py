@@ -103,7 +103,7 @@ def run_trials(folder: Path, kills: int, say: Callable[[str], None]) -> list[Tri
     trials = []
     for (name, sections), share in zip(methods.items(), shares, strict=True):
         began = time.monotonic()
-        trials.append(_trial(name, sections, share, folder, corpus))
+        trials.append(trial(name, sections, share, folder, corpus))
         say(f"{name}: {share} kills, {time.monotonic() - began:.0f} s")
     return trials
 
@@ -116,24 +116,25 @@ def trial_methods() -> dict[str, dict[str, Any]]:
     return {name: m for name, m in METHODS.items() if "train" not in m} | WITHOUT_INT8
 
 
-def _trial(name: str, sections: dict[str, Any], kills: int, folder: Path, corpus: Corpus) -> Trial:
+def trial(name: str, sections: dict[str, Any], kills: int, folder: Path, corpus: Corpus) -> Trial:
+    """An unbroken run of a method and a killed one, compared."""
     config = _config(sections, kills, folder / name.replace(" ", "-"), corpus)
     whole, broken = (_made(config, which) for which in ("whole", "broken"))
-    trial, draw = Trial(name), random.Random(name)
+    found, draw = Trial(name), random.Random(name)
     subprocess.run(_command(whole), check=True, **_SILENT)
     seconds = _seconds_per_update(whole)
-    while trial.kills < kills:
-        if not _kill_once(broken, draw, seconds, trial):
+    while found.kills < kills:
+        if not _kill_once(broken, draw, seconds, found):
             break  # it has come to its end before
     subprocess.run(_command(broken), check=True, **_SILENT)
-    _compare(whole, broken, trial)
-    return trial
+    compare(whole, broken, found)
+    return found
 
 
 def _config(sections: dict[str, Any], kills: int, out: Path, corpus: Corpus) -> Config:
     """A run of a few seconds that needs no plan; it saves at every second update."""
     train = {
-        "updates": _UPDATES_PER_KILL * (kills + 1),
+        "updates": 2 * _UPDATES_PER_KILL * (kills + 1),  # more than the kills leave time for
         "batch": "4seq",
         "micro_batch": 2,
         "update": "unfused",
@@ -221,7 +222,7 @@ def _intact(run: Run) -> bool:
     return True
 
 
-def _compare(whole: Run, broken: Run, trial: Trial) -> None:
+def compare(whole: Run, broken: Run, trial: Trial) -> None:
     told, again = (_told(run) for run in (whole, broken))
     trial.losses = len(told)
     trial.differing_losses = sum(a != b for a, b in zip(told, again, strict=False))

@@ -100,7 +100,11 @@ class Corpus:
         return int(self.manifest["tokenizer"]["vocab_size"])
 
     def tokenizer(self) -> Tokenizer:
-        """The copy that the corpus keeps."""
+        """The copy that the corpus keeps; read once, for every save asks for it."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(str(self.folder))
 
 

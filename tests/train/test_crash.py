@@ -138,7 +138,14 @@ def prepared(run: Run, before: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("scene", SCENES)
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, None], ids=["ENOSPC", "EIO", "kill"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(errno.ENOSPC, id="ENOSPC"),
+        pytest.param(errno.EIO, id="EIO", marks=pytest.mark.slow),  # the path of ENOSPC
+        pytest.param(None, id="kill"),
+    ],
+)
 def test_a_save_that_fails_at_any_call_leaves_a_checkpoint(
     error: int | None, scene: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
