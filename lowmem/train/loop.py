@@ -123,6 +123,7 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
         return checkpoint.capture(run, model, optimizer, batches, task.corpus, now)
 
     with Saver(run, task.disk, behind=task.storage.host_copy > 0) as saver:
+        saver.prepare(snapshot)
         for update in range(at.update, updates):
             if stop and update == begun:
                 raise _stopped_before(run, str(stop.signal), at.update)

@@ -41,6 +41,7 @@ class Saver:
         self._run, self._disk = run, disk
         self._copy = HostCopy() if behind else None
         self._writing: _Writing | None = None
+        self._preparing: Thread | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -55,10 +56,19 @@ class Saver:
             return
         self.finish()
 
+    def prepare(self, capture: Callable[[], Snapshot]) -> None:
+        """Make the memory of the copy behind the training, so that the first save is as quick."""
+        if self._copy is not None:
+            self._preparing = Thread(target=self._copy.reserve, args=(capture(),), daemon=True)
+            self._preparing.start()
+
     def save(self, capture: Callable[[], Snapshot]) -> None:
         """Save what `capture` gives; returns as soon as training may change it."""
         began = time.perf_counter()
         self.finish()
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
         snapshot = capture()
         if self._copy is not None:
             snapshot = self._copy.of(snapshot)

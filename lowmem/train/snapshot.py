@@ -65,6 +65,12 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
+    def reserve(self, snapshot: Snapshot) -> None:
+        """Make the memory for such a snapshot; touched, for the system gives pages only then."""
+        for path, file in snapshot.tensors.items():
+            for name, tensor in file.tensors:
+                self._buffers[path, name] = _host_memory(tensor).zero_()
+
     def of(self, snapshot: Snapshot) -> Snapshot:
         """The same content in this memory; what was in it before is overwritten."""
         before, self._buffers = self._buffers, {}
@@ -75,9 +81,7 @@ class HostCopy:
             for name, tensor in file.tensors:
                 buffer = before.pop((path, name), None)
                 if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffer = torch.empty(
-                        tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
-                    )
+                    buffer = _host_memory(tensor)
                 buffer.copy_(tensor, non_blocking=True)
                 self._buffers[path, name] = buffer
                 pairs.append((name, buffer))
@@ -87,3 +91,7 @@ class HostCopy:
         for card in cards:
             torch.cuda.synchronize(card)
         return replace(snapshot, tensors=copied)
+
+
+def _host_memory(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)

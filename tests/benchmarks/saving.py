@@ -2,7 +2,7 @@
 
     python tests/benchmarks/saving.py [--model llama-130m] [--method galore] [--saves 5]
 
-The first save makes the memory of the copy; the others use it again. Medians over the saves;
+The memory of the copy is made behind the first updates, as in a run. Medians over the saves;
 `torch.save` writes the same tensors to the same disk, once with and once without a sync.
 """
 
@@ -72,6 +72,10 @@ def main() -> None:
         state = {name: tensor.detach() for name, tensor in pairs}
         unsynced, synced = [], []
         with Saver(run, Patience(run, events.append, StopRequest()), behind=True) as saver:
+            saver.prepare(
+                lambda: checkpoint.capture(run, model, optimizer, batches, corpus, Position())
+            )
+            time.sleep(10)  # of training, in which the memory of the copy is made
             for update in range(1, given.saves + 1):
                 at = Position(update)
                 saver.save(

@@ -110,6 +110,20 @@ def test_the_copy_uses_its_memory_again_and_follows_changed_shapes() -> None:
     assert torch.equal(copied[1], torch.ones(9))
 
 
+def test_the_memory_that_was_reserved_is_the_one_that_is_used(run: Run) -> None:
+    copy = HostCopy()
+    copy.reserve(snapshot(1, 1.0))
+    reserved = {tensor.data_ptr() for tensor in copy._buffers.values()}
+    copied = copy.of(snapshot(2, 2.0))
+    used = {tensor.data_ptr() for file in copied.tensors.values() for _, tensor in file.tensors}
+    assert used == reserved
+    events: list[Event] = []
+    with Saver(run, patience(run, events), behind=True) as saving:
+        saving.prepare(lambda: snapshot(0, 0.0))
+        saving.save(lambda: snapshot(3, 3.0))
+    assert value_of(run.latest()) == 3.0
+
+
 @pytest.mark.parametrize("behind", [True, False])
 def test_an_error_of_the_writer_is_raised_at_the_next_look(
     behind: bool, run: Run, monkeypatch: pytest.MonkeyPatch
