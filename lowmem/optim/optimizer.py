@@ -230,10 +230,12 @@ class Optimizer:
 
     def state_numbers(self) -> dict[str, dict[str, int | float]]:
         """The numbers of every parameter's state."""
-        return {
-            name: {k: v for k, v in slot.state.items() if not isinstance(v, Tensor)}
-            for name, slot in self.slots.items()
-        }
+        return {name: self.numbers_of(name) for name in self.slots}
+
+    def numbers_of(self, name: str) -> dict[str, int | float]:
+        """The numbers of one parameter's state."""
+        state = self.slots[name].state
+        return {k: v for k, v in state.items() if not isinstance(v, Tensor)}
 
     @torch.no_grad()
     def restore(
@@ -250,13 +252,13 @@ class Optimizer:
         for key, value in tensors:
             mine = own.pop(key, None)
             if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
-                raise _foreign(key, value, mine)
+                raise foreign_state(key, value, mine)
             mine.copy_(value)
         if own:
-            raise _missing(next(iter(own)))
+            raise missing_state(next(iter(own)))
         expected = self.state_numbers()
         if {n: set(v) for n, v in numbers.items()} != {n: set(v) for n, v in expected.items()}:
-            raise _missing(
+            raise missing_state(
                 "the counters of " + next(iter(set(expected) ^ set(numbers)), "a weight")
             )
         for name, values in numbers.items():
@@ -268,7 +270,8 @@ def _square(piece: Tensor) -> Tensor:
     return torch.linalg.vector_norm(piece, dtype=torch.float32).square()
 
 
-def _foreign(key: str, value: Tensor, mine: Tensor | None) -> CheckpointError:
+def foreign_state(key: str, value: Tensor, mine: Tensor | None) -> CheckpointError:
+    """A saved tensor that is not there, or is of another shape or dtype."""
     has = f"{tuple(value.shape)} {value.dtype}"
     wants = "nothing of that name" if mine is None else f"{tuple(mine.shape)} {mine.dtype}"
     return CheckpointError(
@@ -278,7 +281,8 @@ def _foreign(key: str, value: Tensor, mine: Tensor | None) -> CheckpointError:
     )
 
 
-def _missing(key: str) -> CheckpointError:
+def missing_state(key: str) -> CheckpointError:
+    """A state that the checkpoint ought to have."""
     return CheckpointError(
         f"the checkpoint lacks optimizer state {key}",
         "this run's method or settings differ from those that were saved",
