@@ -26,6 +26,7 @@ StateFormat = Literal["fp32", "bf16", "8bit"]
 WeightFormat = Literal["fp32", "bf16"]
 UpdateMode = Literal["unfused", "fused+subspace", "fused"]
 Level = Literal["keep", "attn", "full"]
+Logits = Literal["keep", "recompute"]
 Role = Literal["attention", "mlp"]
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
@@ -222,6 +223,10 @@ class TrainConfig(Section):
     recompute: Level | Auto = Field(
         default="auto",
         description="what a block keeps for backward: all, attention's, or only its input",
+    )
+    logits: Logits | Auto = Field(
+        default="auto",
+        description="kept for backward, or made twice; auto is recompute",
     )
     clip: PositiveFloat | Literal["off", "auto"] = Field(
         default="auto", description="gradient norm limit"

@@ -224,7 +224,12 @@ def rehearse(
     tracker = LiveBytes("meta", scratch=attention != "cpu")
     weights = DTYPES[choice.weights]
     llama = Llama(
-        model, dtype=weights, device="meta", recompute=choice.recompute, attention=attention
+        model,
+        dtype=weights,
+        device="meta",
+        recompute=choice.recompute,
+        keep_logits=choice.logits == "keep",
+        attention=attention,
     )
     parameters = dict(llama.named_parameters())
     owner = build_optimizer(
