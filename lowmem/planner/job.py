@@ -80,6 +80,7 @@ class Job:
             micro if self.config.train.micro_batch != "auto" else math.ceil(self.rows / accumulate),
             accumulate,
             clip_of(self.config, mode),
+            "keep" if self.config.train.logits == "keep" else "recompute",
         )
 
     def fits(self, choice: Choice, room: int) -> bool:

@@ -261,6 +261,7 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "micro_batch": choice.micro_batch,
             "update": choice.update,
             "recompute": choice.recompute,
+            "logits": choice.logits,
             "clip": "off" if choice.clip is None else choice.clip,
         }
     )
