@@ -63,8 +63,8 @@ def embedding_rows(
 ) -> Tensor:
     """Rows start to stop (excluded) of the embedding's gradient, (stop - start, h) like `grad`.
 
-    grad: (n, h), summed by its tokens `inputs` (n) in their order, on every device in the same
-    order each time; the row of `padding` stays zero. No host synchronisation.
+    grad: (n, h), summed by its tokens `inputs` (n); on the CPU in their order. Shapes do not depend
+    on the tokens. The row of `padding` stays zero.
     """
     # Tokens of other slices are padding: its row, one behind the others, is left out of the sums.
     count = stop - start
