@@ -57,6 +57,7 @@ SETTINGS = (
     Setting("--states", "FORMAT", "moments as fp32, bf16 or 8bit", MEMORY),
     Setting("--weights", "FORMAT", "weights in memory as fp32 or bf16", MEMORY),
     Setting("--recompute", "LEVEL", "what blocks keep for backward: keep, attn, full", MEMORY),
+    Setting("--logits", "WAY", "keep them for backward, or recompute them: the same bits", MEMORY),
     Setting("--attention", "sdpa|flash-attn", "whose attention kernel", MEMORY),
     Setting("--micro-batch", "N", "sequences per forward pass", MEMORY),
     Setting("--method", "NAME", "see `lowmem methods`", OPTIMIZER),

@@ -27,6 +27,7 @@ Auto = Literal["auto"]
 StateFormat = Literal["fp32", "bf16", "8bit"]
 WeightFormat = Literal["fp32", "bf16", "int8"]
 UpdateMode = Literal["unfused", "fused+subspace", "fused"]
+Logits = Literal["keep", "recompute"]
 Role = Literal[
     "attention",
     "attention.q",
@@ -241,6 +242,10 @@ class TrainConfig(Section):
     recompute: Auto | Recompute = Field(
         default="auto",
         description="what blocks keep for backward: keep, attn, full, or keep:10,attn:4,full",
+    )
+    logits: Logits | Auto = Field(
+        default="auto",
+        description="kept for backward, or made twice; auto is recompute",
     )
     clip: PositiveFloat | Literal["off", "auto"] = Field(
         default="auto", description="gradient norm limit"

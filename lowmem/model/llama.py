@@ -2,12 +2,12 @@
 
     model = Llama(config, dtype=torch.bfloat16, device="cuda")
     model.initialise(seed=0)
-    model.on_gradient = optimizer.receive          # (name, gradient), as soon as each is there
+    model.sink = optimizer                         # takes gradients as soon as they are there
     model.loss(inputs, targets, total_tokens).backward()
 
-Weights are no inputs of autograd: every gradient is made by hand in a fixed order, handed to
-`on_gradient` exactly once per backward, and held by nobody else. Left alone, `on_gradient` fills
-`parameter.grad` like any module.
+Weights are no inputs of autograd: every gradient is made by hand in a fixed order, handed to the
+`GradientSink` exactly once per backward (those of embedding and head in row slices), and held by
+nobody else. The sink that is there from the beginning fills `parameter.grad` like any module.
 """
 
 import torch
@@ -17,11 +17,12 @@ from lowmem.config.recompute import levels_of
 from lowmem.config.schema import ModelConfig
 from lowmem.kernels import rope
 from lowmem.kernels.attention import Backend, choose_backend
-from lowmem.kernels.linear_cross_entropy import linear_cross_entropy
+from lowmem.kernels.linear_cross_entropy import cross_entropy
 from lowmem.kernels.rms_norm import rms_norm
 from lowmem.kernels.vector_math import settle_vector_math
-from lowmem.model.block import Block, BlockStep, GradientSink, Linear, Norm, Rotation
+from lowmem.model.block import Block, BlockStep, Linear, Norm, Rotation
 from lowmem.model.ends import EmbeddingStep, LossStep
+from lowmem.model.sink import GradientSink, ParameterGrads
 from lowmem.naming import seed_of
 from lowmem.phases import phase
 
@@ -57,7 +58,8 @@ class Llama(nn.Module):
     """The decoder with its head.
 
     Parameters are allocated uninitialised on `device`, which may be "meta". recompute: what blocks
-    keep for backward. attention: "auto" takes the device's own; on meta it names the rehearsed one.
+    keep for backward. keep_logits: keep them, too, instead of making them twice. attention: "auto"
+    takes the device's own; on meta it names the rehearsed one.
     """
 
     def __init__(
@@ -67,19 +69,20 @@ class Llama(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         recompute: str = "keep",
+        keep_logits: bool = False,
         attention: str = "auto",
     ) -> None:
         super().__init__()
         device = torch.device(device)
         if device.type == "cpu":
             settle_vector_math()
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.keep_logits = config, recompute, keep_logits
         self.backend = choose_backend(attention, device, dtype, config.head_dim)
         self.model = Decoder(config, self.backend, dtype, device)
         if not config.tie_word_embeddings:
             h, vocabulary = config.hidden_size, config.vocab_size
             self.lm_head = Linear(h, vocabulary, bias=False, dtype=dtype, device=device)
-        self.on_gradient: GradientSink = self.accumulate
+        self.sink: GradientSink = ParameterGrads(self)
         self._rotations: dict[int, Rotation] = {}
 
     @property
@@ -87,14 +90,6 @@ class Llama(nn.Module):
         """(V, h): the head's own, or the embedding's where they are tied."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
-
-    def accumulate(self, name: str, gradient: Tensor) -> None:
-        """The default sink: add to the `.grad` of the parameter."""
-        parameter = self.get_parameter(name)
-        if parameter.grad is None:
-            parameter.grad = gradient
-        else:
-            parameter.grad.add_(gradient)
 
     def loss(self, inputs: Tensor, targets: Tensor, total_tokens: int) -> Tensor:
         """Sum of the tokens' cross-entropies / total_tokens, a float32 scalar to call backward on.
@@ -125,7 +120,7 @@ class Llama(nn.Module):
         """Sum of the tokens' cross-entropies, a float32 scalar; keeps nothing for a backward."""
         y = self._final(inputs)
         with phase("loss"):
-            return linear_cross_entropy(y, self.head_weight, targets.reshape(-1), 1.0, False)[0]
+            return cross_entropy(y, self.head_weight, targets.reshape(-1), 1.0)[0]
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
@@ -162,7 +157,11 @@ class Llama(nn.Module):
 
     def hand(self, name: str, gradient: Tensor) -> None:
         """To the sink that is set when the gradient is ready, not when the forward ran."""
-        self.on_gradient(name, gradient)
+        self.sink.receive(name, gradient)
+
+    def hand_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """The same for the rows start, start + 1, ... of a gradient."""
+        self.sink.receive_rows(name, start, rows)
 
     def _anchor(self) -> Tensor:
         """An empty tensor that requires a gradient, so that the embedding's output does too."""

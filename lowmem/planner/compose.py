@@ -52,6 +52,11 @@ def kin(name: str) -> str:
     return _BLOCK_NAME.sub("", name)
 
 
+Piece = tuple[int, int, bool]
+"""Of a gradient: first row, rows, and whether it is handed as a whole."""
+Pieces = Mapping[str, list[Piece]]
+
+
 @dataclass
 class Moment:
     """Bytes live at one moment, or the most of several; `handed` names a gradient that then is."""
@@ -83,14 +88,14 @@ class Pass:
 @dataclass(frozen=True)
 class ModelBytes:
     """passes: one, or the first and a later micro-batch. resting: bytes after the last of them.
-    evaluation: the peak of an evaluation batch. pieces: kin of a weight -> rows of its gradient
-    that are handed at each time.
+    evaluation: the peak of an evaluation batch. pieces: kin of a weight -> of its gradient, as
+    they are handed.
     """
 
     passes: list[Pass]
     resting: int
     evaluation: int
-    pieces: dict[str, list[int]]
+    pieces: dict[str, list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -137,15 +142,15 @@ class _Recorder(LiveBytes):
         self.track(dict(llama.named_parameters()), "weights")
         self.live = self.peak = 0
         self.sections.clear()
-        self.pieces: defaultdict[str, list[int]] = defaultdict(list)
+        self.pieces: defaultdict[str, list[Piece]] = defaultdict(list)
 
     def _mark(self, scratch: int, part: str) -> None:
         super()._mark(scratch, part)
         self._remember(self.live + scratch)
 
-    def hand(self, name: str, gradient: Tensor) -> None:
+    def hand(self, name: str, piece: Piece) -> None:
         self._remember(self.live, kin(name))
-        self.pieces[name].append(len(gradient))
+        self.pieces[name].append(piece)
 
     def _remember(self, live: int, handed: str = "") -> None:
         name = (*current_phase(), "")[0]
@@ -166,7 +171,10 @@ class _Listener(Optimizer):
         self.recorder = recorder
 
     def receive(self, name: str, grad: Tensor) -> None:
-        self.recorder.hand(name, grad)
+        self.recorder.hand(name, (0, len(grad), True))
+
+    def receive_rows(self, name: str, start: int, rows: Tensor) -> None:
+        self.recorder.hand(name, (start, len(rows), False))
 
     def norm(self) -> Tensor:
         return torch.empty(0, device="meta")
@@ -181,7 +189,8 @@ def model_bytes(
     """Rehearse a model of at most three blocks at that level, with the choice's micro-batch."""
     blocks = min(BLOCKS, model.num_hidden_layers)
     small = model.model_copy(update={"num_hidden_layers": blocks})
-    llama = model_on_meta(small, choice.weights, level, attention)
+    logits = choice.logits == "keep"
+    llama = model_on_meta(small, choice.weights, level, attention, keep_logits=logits)
     recorder = _Recorder(llama, scratch=attention != "cpu")
     listener = _Listener(recorder)
     listener.attach(llama)
@@ -224,7 +233,7 @@ def persistent_bytes(owner: Optimizer, blocks: int) -> int:
 
 
 def optimizer_bytes(
-    owner: Optimizer, choice: Choice, pieces: Mapping[str, list[int]], attention: str, blocks: int
+    owner: Optimizer, choice: Choice, pieces: Pieces, attention: str, blocks: int
 ) -> OptimizerBytes:
     """Rehearse an optimizer on meta. Its extra passes, where a method makes any, are left out.
 
@@ -249,9 +258,7 @@ def _depth(owner: Optimizer) -> int:
     return len({match[0] for match in map(_BLOCK_NAME.match, owner.slots) if match})
 
 
-def _costs(
-    tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Mapping[str, list[int]]
-) -> dict[str, Cost]:
+def _costs(tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Pieces) -> dict[str, Cost]:
     """Every call for each weight; once for those of different blocks with the same state."""
     micro_batches = min(choice.accumulate, 2)
     owner.begin(0.0, micro_batches)
@@ -262,7 +269,7 @@ def _costs(
         alike = f"{kin(name)} {tensors}"
         if alike not in known:
             received = [
-                [_received(tracker, owner, name, rows) for rows in pieces[kin(name)]]
+                [_received(tracker, owner, name, piece) for piece in pieces[kin(name)]]
                 for _ in range(micro_batches)
             ]
             known[alike] = Cost(received, _called(tracker, owner.step))
@@ -270,12 +277,16 @@ def _costs(
     return found
 
 
-def _received(tracker: LiveBytes, owner: Optimizer, name: str, rows: int) -> Call:
+def _received(tracker: LiveBytes, owner: Optimizer, name: str, piece: Piece) -> Call:
     """The gradient itself is there before, and gone after unless the optimizer keeps it."""
     weight, before = owner.slots[name].weight, tracker.live
+    start, rows, whole = piece
     gradient = torch.empty((rows, *weight.shape[1:]), dtype=weight.dtype, device="meta")
     tracker.peak = held = tracker.live
-    owner.receive(name, gradient)
+    if whole:
+        owner.receive(name, gradient)
+    else:
+        owner.receive_rows(name, start, gradient)
     extra = tracker.peak - held
     del gradient
     return Call(extra, tracker.live - before)

@@ -6,7 +6,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowmem.config.schema import Config, UpdateMode, WeightFormat, settled
+from lowmem.config.schema import Config, Logits, UpdateMode, WeightFormat, settled
 from lowmem.planner.quality import Penalty
 
 SCHEMA_VERSION = 1
@@ -58,13 +58,16 @@ class Choice:
     micro_batch: int
     accumulate: int  # micro-batches per update
     clip: float | None
+    logits: Logits = "recompute"
 
     def sentence(self) -> str:
         """One line for people, from the method to the micro-batch."""
         rank = "" if self.rank is None else f" rank {self.rank}"
+        logits = ", logits kept" if self.logits == "keep" else ""
         return (
             f"{self.method}{rank}, {self.states} states, {self.weights} weights, {self.update}, "
-            f"recompute {self.recompute}, micro-batch {self.micro_batch} x {self.accumulate}, "
+            f"recompute {self.recompute}{logits}, "
+            f"micro-batch {self.micro_batch} x {self.accumulate}, "
             f"clip {'off' if self.clip is None else self.clip}"
         )
 

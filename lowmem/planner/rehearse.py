@@ -220,7 +220,9 @@ def rehearse(
     classic allocator's holes.
     """
     tracker = LiveBytes("meta", scratch=attention != "cpu")
-    llama = model_on_meta(model, choice.weights, choice.recompute, attention)
+    llama = model_on_meta(
+        model, choice.weights, choice.recompute, attention, keep_logits=choice.logits == "keep"
+    )
     owner = optimizer_on_meta(llama, optimizer, choice.update)
     owner.attach(llama)
     track_persistent(tracker, owner)
@@ -237,10 +239,18 @@ def rehearse(
     )
 
 
-def model_on_meta(model: ModelConfig, weights: str, recompute: str, attention: str) -> Llama:
+def model_on_meta(
+    model: ModelConfig, weights: str, recompute: str, attention: str, *, keep_logits: bool = False
+) -> Llama:
     """The very model that would be trained, without memory."""
-    dtype = DTYPES[weights]
-    return Llama(model, dtype=dtype, device="meta", recompute=recompute, attention=attention)
+    return Llama(
+        model,
+        dtype=DTYPES[weights],
+        device="meta",
+        recompute=recompute,
+        keep_logits=keep_logits,
+        attention=attention,
+    )
 
 
 def optimizer_on_meta(llama: Llama, optimizer: OptimizerConfig, mode: UpdateMode) -> Optimizer:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.config.recompute import in_words
-from lowmem.config.schema import Config, ModelConfig, UpdateMode, settled
+from lowmem.config.schema import Config, Logits, ModelConfig, UpdateMode, settled
 from lowmem.optim.assign import learning_rate
 from lowmem.optim.methods import METHODS, method_spec
 from lowmem.optim.methods.third_party import package_of, refused
 from lowmem.planner.candidates import (
     Family,
     Kind,
+    curvatures,
     families,
     modes,
     quality,
@@ -117,6 +118,8 @@ def _plan(job: Job, choice: Choice, rows: list[Candidate], notes: list[str]) -> 
     if config.optimizer.method == "auto" and memory.reserved <= card.usable_bytes:
         notes = [*notes, f"method {choice.method}: the best published quality that fits"]
     notes = [*notes, *_said(config, filled, job.model)]
+    if job.tensors(choice) != memory.tensors and not curvatures(kind_of(choice), config.optimizer):
+        notes.append("the search and the rehearsal disagree about this plan: please report it")
     cost = quality(kind_of(choice), job.model)
     plan = Plan(filled, card, choice, memory, rows, [], notes, speed, cost)
     return plan if plan.fits else replace(plan, fixes=list(fixes(job, choice, memory)))
@@ -211,19 +214,26 @@ def _smallest(job: Job, kind: Kind, mode: UpdateMode) -> list[Choice]:
     fixed = job.config.train.micro_batch
     sizes = {job.rows} if mode == "fused" else {1, job.rows}
     sizes = sizes if fixed == "auto" else {settled(fixed)}
-    return [job.choice(kind, mode, _most_recomputed(job), size) for size in sorted(sizes)]
+    settings = _recompute(job, "full"), _logits(job, "recompute")
+    return [job.choice(kind, mode, *settings, size) for size in sorted(sizes)]
 
 
-def _most_recomputed(job: Job) -> str:
+def _recompute(job: Job, wanted: str) -> str:
+    """What is wanted, unless the user fixed it."""
     fixed = job.config.train.recompute
-    return "full" if fixed == "auto" else fixed
+    return wanted if fixed == "auto" else fixed
+
+
+def _logits(job: Job, wanted: Logits) -> Logits:
+    fixed = job.config.train.logits
+    return wanted if fixed == "auto" else settled(fixed)
 
 
 def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None:
     """The fastest micro-batch and recomputation that fit; of the equally fast the smallest."""
     best: tuple[int, int, Choice] | None = None
-    least = "keep" if job.config.train.recompute == "auto" else _most_recomputed(job)
-    optimistic = [job.choice(kind, mode, least, size) for size in _micro_batches(job, mode)]
+    settings = _recompute(job, "keep"), _logits(job, "keep")
+    optimistic = [job.choice(kind, mode, *settings, size) for size in _micro_batches(job, mode)]
     for hope in sorted(optimistic, key=job.seconds):
         if best is not None and _speed_class(job, hope) > best[0]:
             break
@@ -246,8 +256,19 @@ def _micro_batches(job: Job, mode: UpdateMode) -> list[int]:
     return [*sorted(size for size in sizes if size <= min(most, job.rows)), job.rows]
 
 
-def _least_recomputed(job: Job, choice: Choice, room: int) -> Choice | None:
-    """These settings with as few blocks recomputed as fit: those above keep everything first."""
+def _least_recomputed(job: Job, hope: Choice, room: int) -> Choice | None:
+    """As `hope`, which recomputes least, or with as little more recomputed as fits."""
+    if job.fits(hope, room):
+        return hope
+    ways = (
+        [hope] if job.config.train.logits != "auto" else [hope, replace(hope, logits="recompute")]
+    )
+    found = [_fewest_blocks(job, way, room) for way in ways]
+    return min((each for each in found if each is not None), key=job.seconds, default=None)
+
+
+def _fewest_blocks(job: Job, choice: Choice, room: int) -> Choice | None:
+    """With as few blocks recomputed as fit: the upper blocks keep everything first."""
     if job.config.train.recompute != "auto":
         return choice if job.fits(choice, room) else None
     blocks = job.model.num_hidden_layers
@@ -258,8 +279,6 @@ def _least_recomputed(job: Job, choice: Choice, room: int) -> Choice | None:
     def fitting(of: Callable[[int], Choice], most: int) -> int | None:
         return _last(most + 1, lambda count: job.fits(of(count), room))
 
-    if job.fits(at(blocks, 0), room):
-        return at(blocks, 0)
     more = fitting(lambda count: at(1 + count, 0), blocks - 1)
     if more is None:
         return None
@@ -338,7 +357,7 @@ def _fastest_of_all(job: Job, tried: Sequence[Family], choice: Choice, room: int
         (job.seconds(hope), family)
         for family in tried
         for mode in _modes(job, family)
-        for hope in [job.choice(family.least, mode, "keep", _micro_batches(job, mode)[-1])]
+        for hope in [_hope(job, family.least, mode)]
     ]
     best = choice
     for hope, family in sorted(hopes, key=lambda each: each[0]):
@@ -351,6 +370,12 @@ def _fastest_of_all(job: Job, tried: Sequence[Family], choice: Choice, room: int
             if found is not None:
                 best = min(best, found, key=job.seconds)
     return best
+
+
+def _hope(job: Job, kind: Kind, mode: UpdateMode) -> Choice:
+    """The fastest settings, if they fit."""
+    settings = _recompute(job, "keep"), _logits(job, "keep")
+    return job.choice(kind, mode, *settings, _micro_batches(job, mode)[-1])
 
 
 def _fits_at_all(job: Job, room: int) -> bool:
@@ -373,6 +398,7 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "micro_batch": choice.micro_batch,
             "update": choice.update,
             "recompute": choice.recompute,
+            "logits": choice.logits,
             "clip": "off" if choice.clip is None else choice.clip,
             "weights": choice.weights,
         }

@@ -28,7 +28,6 @@ ERROR = 0.25  # of an estimate from presets
 # Operations/s of SVD, QR and Cholesky, which do not follow the peak of products: the matrices of 7B
 # by SVD every 200 updates are 2.87 s per update on an A100 (arXiv:2412.05270, Table 7).
 SOLVER_RATE = 0.82e12
-LARGE_HEAD = 2**25  # elements: kernels/linear_cross_entropy.py then makes the logits twice
 
 PASSES = {
     "norm": 5,
@@ -38,8 +37,7 @@ PASSES = {
     "rotation": 11,
     "gate": 5,
     "gate backward": 5,
-    "logits": 22,
-    "logits twice": 29,
+    "logits": 29,
 }
 """What kernels/ move per element, in elements of two bytes, as they are written now. Two work on
 slices that stay in the cache, "norm backward" and "gate backward": each operand counts once."""
@@ -252,10 +250,10 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
     yield Op("element-wise", "traffic", 0, _ACTIVATION * tokens * width)
 
     vocabulary = model.vocab_size
-    large = vocabulary * h > LARGE_HEAD
-    yield _product(tokens, vocabulary, h, 4 if large else 3, "head and loss")
-    passes = PASSES["logits twice" if large else "logits"]
-    yield Op("head and loss", "traffic", 0, _ACTIVATION * tokens * vocabulary * passes)
+    products = 3 if choice.logits == "keep" else 4
+    yield _product(tokens, vocabulary, h, products, "head and loss")
+    moved = _ACTIVATION * tokens * vocabulary * PASSES["logits"]
+    yield Op("head and loss", "traffic", 0, moved)
     embedding = 2 * tokens * h + vocabulary * h  # rows out and in, a gradient of zeros
     yield Op("element-wise", "traffic", 0, _ACTIVATION * embedding)
 

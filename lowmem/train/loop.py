@@ -129,6 +129,7 @@ def build(config: Config) -> tuple[Llama, Optimizer]:
         dtype=DTYPES[settled(config.train.weights)],
         device=config.train.device,
         recompute=settled(config.train.recompute),
+        keep_logits=config.train.logits == "keep",
         attention=config.train.attention,
     )
     optimizer = build_optimizer(

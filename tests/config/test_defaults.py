@@ -208,5 +208,6 @@ def test_only_the_planner_is_left_with_choices() -> None:
         "train.micro_batch",
         "train.update",
         "train.recompute",
+        "train.logits",
         "train.clip",
     }

@@ -52,6 +52,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
         "micro_batch": 4,
         "accumulate": 3,
         "clip": 1.0,
+        "logits": "recompute",
     }
     assert record == {
         "schema_version": 1,

@@ -1,6 +1,7 @@
 """A rehearsed step against the same step on real tensors, to the byte."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,9 +42,17 @@ def choice(mode: Any, level: Any, weights: Any, accumulate: int) -> Choice:
     return Choice("", None, "", weights, mode, level, 2, accumulate, clip)
 
 
-def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> int:
+def real_peak(
+    optimizer_config: OptimizerConfig, how: Choice, seq_len: int, shape: ModelConfig = MODEL
+) -> int:
     """The tracker's peak over two updates on CPU tensors."""
-    model = Llama(MODEL, dtype=DTYPES[how.weights], device="cpu", recompute=how.recompute)
+    model = Llama(
+        shape,
+        dtype=DTYPES[how.weights],
+        device="cpu",
+        recompute=how.recompute,
+        keep_logits=how.logits == "keep",
+    )
     model.initialise(0)
     weights = dict(model.named_parameters())
     optimizer = build_optimizer(
@@ -52,7 +61,7 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
         model.roles(),
         mode=how.update,
         seed=0,
-        head_dim=MODEL.head_dim,
+        head_dim=shape.head_dim,
     )
     hold_worst_window(optimizer)  # as a rehearsal does
     optimizer.attach(model)
@@ -95,6 +104,30 @@ def test_meta_equals_real_to_the_byte(
     rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
     assert rehearsed.tensors == real_peak(optimizer, how, 32)
     assert sum(rehearsed.parts.values()) == rehearsed.tensors
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("logits", ["keep", "recompute"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("mode", "accumulate"), [("unfused", 1), ("fused+subspace", 3), ("fused", 1)]
+)
+@pytest.mark.parametrize("method", ["adam8bit", "scale"])  # by rows, and one that wants columns
+def test_slices_of_the_vocabulary_are_rehearsed_to_the_byte(
+    method: str,
+    mode: str,
+    accumulate: int,
+    weights: str,
+    logits: Any,
+    tied: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", 192)
+    optimizer = OptimizerConfig.model_validate({"method": method})
+    shape = MODEL.model_copy(update={"num_hidden_layers": 1, "tie_word_embeddings": tied})
+    how = replace(choice(mode, "full", weights, accumulate), logits=logits)
+    rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
+    assert rehearsed.tensors == real_peak(optimizer, how, 32, shape)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
