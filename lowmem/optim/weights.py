@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.blockwise import BLOCK
-from lowmem.kernels.groupwise import Noise, dequantize, quantize, uniform
+from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.rounding import stochastic_round
 from lowmem.kernels.slices import row_slices
 
@@ -22,59 +22,6 @@ Step = Callable[[Tensor, int, int, float], None]
 """step(rows, start, stop, alpha): add alpha * direction[start:stop] to these float32 rows of the
 weight. Called once for every group of rows, from the first to the last; start * row length is a
 multiple of 256. The whole direction need never be in memory."""
-
-_BITS = 8
-
-
-@dataclass
-class GroupedWeight:
-    """A weight of which only 8-bit codes exist, with a scale and a zero point per group.
-
-    codes: uint8, contiguous, of the weight's shape. scales, zeros: float32, one per `group`
-    consecutive elements. dtype: of its gradients. noise: of stochastic rounding; None rounds to
-    nearest, which drops steps below half a code. span_zero: see `kernels/groupwise.py`.
-
-    Source: Zhang et al. 2024 (Q-GaLore), arXiv:2407.08296, section 3.4.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    group: int = 256
-    dtype: torch.dtype = torch.bfloat16
-    noise: Noise | None = uniform
-    span_zero: bool = True
-
-    @classmethod
-    def of(
-        cls,
-        weight: Tensor,
-        group: int = 256,
-        noise: Noise | None = uniform,
-        span_zero: bool = True,
-    ) -> "GroupedWeight":
-        """The codes nearest to a weight, whose dtype its gradients will have."""
-        exact = weight.detach().float().contiguous()
-        found = quantize(exact, _BITS, group, None, span_zero)
-        return cls(*found, group, weight.dtype, noise, span_zero)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    def numel(self) -> int:
-        return self.codes.numel()
-
-    def values(self) -> Tensor:
-        """What the codes stand for, float32."""
-        return dequantize(self.codes, self.scales, self.zeros, self.group)
-
-
-Weight = Tensor | GroupedWeight
 
 
 def like(weight: Weight) -> Tensor:
@@ -105,11 +52,8 @@ def row_groups(weight: Weight) -> RowGroups:
         for start, stop in row_slices(weight):
             yield weight[start:stop].float(), start, stop
         return
-    width = weight.numel() // max(1, weight.shape[0])
     for start, stop in row_slices(weight.codes, math.lcm(BLOCK, weight.group)):
-        groups = slice(start * width // weight.group, -(-stop * width // weight.group))
-        scales, zeros = weight.scales[groups], weight.zeros[groups]
-        yield dequantize(weight.codes[start:stop], scales, zeros, weight.group), start, stop
+        yield weight.rows(start, stop).values(), start, stop
 
 
 def write(
@@ -156,11 +100,7 @@ def _write_codes(weight: GroupedWeight, moved: Moved, seed: int) -> None:
     """Row group by row group: whole blocks of the moments and whole groups of the codes."""
     width = weight.numel() // max(1, weight.shape[0])
     for start, stop in row_slices(weight.codes, math.lcm(BLOCK, weight.group)):
-        codes = weight.codes[start:stop]
-        groups = slice(start * width // weight.group, -(-stop * width // weight.group))
-        exact = dequantize(codes, weight.scales[groups], weight.zeros[groups], weight.group)
-        moved(exact, start, stop)
+        rows = weight.rows(start, stop)
+        exact = moved(rows.values(), start, stop)
         noise = weight.noise and weight.noise(exact.numel(), seed, start * width, exact.device)
-        found = quantize(exact, _BITS, weight.group, noise, weight.span_zero)
-        codes.copy_(found.codes)
-        weight.scales[groups], weight.zeros[groups] = found.scales, found.zeros
+        rows.store(exact, noise)
