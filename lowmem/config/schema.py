@@ -23,7 +23,7 @@ from lowmem.units import parse_batch, parse_count
 
 Auto = Literal["auto"]
 StateFormat = Literal["fp32", "bf16", "8bit"]
-WeightFormat = Literal["fp32", "bf16"]
+WeightFormat = Literal["fp32", "bf16", "int8"]
 UpdateMode = Literal["unfused", "fused+subspace", "fused"]
 Level = Literal["keep", "attn", "full"]
 Role = Literal["attention", "mlp"]
@@ -227,7 +227,8 @@ class TrainConfig(Section):
         default="auto", description="gradient norm limit"
     )
     weights: WeightFormat | Auto = Field(
-        default="auto", description="format of the weights in memory"
+        default="auto",
+        description="format of the weights in memory; int8: the matrices of the blocks as codes",
     )
     attention: Literal["sdpa", "flash-attn"] = Field(
         default="sdpa", description="PyTorch's own fused attention, or the flash-attn package"
