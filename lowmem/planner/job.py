@@ -17,14 +17,15 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, Level, ModelConfig, OptimizerConfig, UpdateMode, settled
 from lowmem.errors import ConfigError
 from lowmem.kernels.attention import choose_backend
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
+from lowmem.optim.weights import like
 from lowmem.planner.allocator import expandable_segments, replay
 from lowmem.planner.candidates import Kind, clip_of
 from lowmem.planner.plan import Card, Choice, Memory
-from lowmem.planner.rehearse import DTYPES, GRANULE, Rehearsal, rehearse
+from lowmem.planner.rehearse import GRANULE, Rehearsal, rehearse
 from lowmem.units import MIB
 
 # One of ":4096:8" (cli/main.py) for each of the two threads that multiply: ours and autograd's.
@@ -58,7 +59,7 @@ class Job:
                 "a micro-batch is a part of the batch",
                 f"--micro-batch {rows}, or a larger --batch",
             )
-        dtype = DTYPES[settled(config.train.weights)]
+        dtype = compute_dtype(settled(config.train.weights), config.train.device)
         attention = choose_backend("auto", torch.device(config.train.device), dtype, model.head_dim)
         return Job(config, card, model, rows, seq_len, attention)
 
@@ -92,7 +93,7 @@ class Job:
         At its beginning the input of every block, at its end every gradient where none is used
         or summed before.
         """
-        element = DTYPES[choice.weights].itemsize
+        element = self._dtype(choice).itemsize
         tokens = choice.micro_batch * self.seq_len
         inputs = self.model.num_hidden_layers * tokens * self.model.hidden_size * element
         whole = choice.update == "unfused" and choice.accumulate == 1
@@ -118,20 +119,28 @@ class Job:
         )
 
     def _owner(self, choice: Choice, blocks: int) -> tuple[Optimizer, dict[str, Tensor]]:
-        """(the optimizer when it holds most, its weights) of a model with so many blocks."""
+        """(the optimizer when it holds most, what the model stores), with so many blocks."""
         model = self.model.model_copy(update={"num_hidden_layers": blocks})
-        llama = Llama(model, dtype=DTYPES[choice.weights], device="meta", attention=self.attention)
-        weights: dict[str, Tensor] = dict(llama.named_parameters())
+        llama = Llama(
+            model,
+            dtype=self._dtype(choice),
+            device="meta",
+            int8=choice.weights == "int8",
+            attention=self.attention,
+        )
         optimizer = build_optimizer(
             self._optimizer(choice),
-            weights,
+            llama.weights(),
             llama.roles(),
             mode=choice.update,
             seed=0,
             head_dim=model.head_dim,
         )
         hold_worst_window(optimizer)
-        return optimizer, weights
+        return optimizer, llama.state_dict()
+
+    def _dtype(self, choice: Choice) -> torch.dtype:
+        return compute_dtype(choice.weights, self.config.train.device)
 
     def _persistent(self, choice: Choice, blocks: int) -> int:
         optimizer, weights = self._owner(choice, blocks)
@@ -212,4 +221,5 @@ def _held(optimizer: Optimizer, mode: UpdateMode) -> Iterator[int]:
     """Elements held between micro-batches, per weight."""
     for slot in optimizer.slots.values():
         whole = mode == "unfused" or slot.method.needs.full_gradient
-        yield (slot.weight if whole else slot.method.compress(slot.weight, slot.state)).numel()
+        weight = like(slot.weight)
+        yield (weight if whole else slot.method.compress(weight, slot.state)).numel()
