@@ -24,7 +24,7 @@ from lowmem.config.schema import ModelConfig, OptimizerConfig
 from lowmem.kernels.blockwise import lookup_tables
 from lowmem.kernels.random_normal import lookup_table
 from lowmem.kernels.slices import rehearsing
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
@@ -35,7 +35,6 @@ from lowmem.planner.plan import Choice
 GRANULE = 512  # the CUDA caching allocator rounds every request up to it
 _MULTIPROCESSORS = 132  # of the largest cards that are common
 _STRAY_BYTES = 2**20  # more than this in real memory during a rehearsal is a bug
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 PARTS = (
     "weights",
@@ -222,20 +221,29 @@ def rehearse(
     if blocks is not None:
         model = model.model_copy(update={"num_hidden_layers": blocks})
     tracker = LiveBytes("meta", scratch=attention != "cpu")
-    weights = DTYPES[choice.weights]
+    device = "cpu" if attention == "cpu" else "cuda"
     llama = Llama(
-        model, dtype=weights, device="meta", recompute=choice.recompute, attention=attention
+        model,
+        dtype=compute_dtype(choice.weights, device),
+        device="meta",
+        int8=choice.weights == "int8",
+        recompute=choice.recompute,
+        attention=attention,
     )
-    parameters = dict(llama.named_parameters())
     owner = build_optimizer(
-        optimizer, parameters, llama.roles(), mode=choice.update, seed=0, head_dim=model.head_dim
+        optimizer,
+        llama.weights(),
+        llama.roles(),
+        mode=choice.update,
+        seed=0,
+        head_dim=model.head_dim,
     )
     hold_worst_window(owner)
     owner.attach(llama)
     track_persistent(tracker, llama, owner)
     if workspace:
         tracker.track([torch.empty(workspace, dtype=torch.uint8, device="meta")], "workspace")
-    with tracker, rehearsing("cpu" if attention == "cpu" else "cuda"):
+    with tracker, rehearsing(device):
         for _ in range(updates):
             _update(llama, owner, choice, seq_len)
         inputs, targets = _batch(choice.micro_batch, seq_len)
@@ -247,7 +255,7 @@ def rehearse(
 
 def track_persistent(tracker: LiveBytes, model: Llama, optimizer: Optimizer) -> None:
     """Count weights and states, which live as long as the run."""
-    tracker.track(dict(model.named_parameters()), "weights")
+    tracker.track(model.state_dict(), "weights")
     for key, value in optimizer.state_tensors():
         tracker.track([value], "projections" if key.endswith("basis") else "states")
         if key.endswith(".codes"):

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lowmem.config.presets import read_preset
 from lowmem.config.schema import ModelConfig, OptimizerConfig
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Choice
-from lowmem.planner.rehearse import DTYPES, LiveBytes, part_of, rehearse, track_persistent
+from lowmem.planner.rehearse import LiveBytes, part_of, rehearse, track_persistent
 
 MODEL = ModelConfig.model_validate(
     {
@@ -26,6 +26,7 @@ MODEL = ModelConfig.model_validate(
         "vocab_size": 1000,
     }
 )
+SLOW_INT8 = pytest.param("int8", marks=pytest.mark.slow)
 METHODS: dict[str, dict[str, Any]] = {
     "adamw": {"method": "adamw"},
     "adamw-bf16": {"method": "adamw", "states": "bf16"},
@@ -43,12 +44,17 @@ def choice(mode: Any, level: Any, weights: Any, accumulate: int) -> Choice:
 
 def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> int:
     """The tracker's peak over two updates on CPU tensors."""
-    model = Llama(MODEL, dtype=DTYPES[how.weights], device="cpu", recompute=how.recompute)
+    model = Llama(
+        MODEL,
+        dtype=compute_dtype(how.weights, "cpu"),
+        device="cpu",
+        int8=how.weights == "int8",
+        recompute=how.recompute,
+    )
     model.initialise(0)
-    weights = dict(model.named_parameters())
     optimizer = build_optimizer(
         optimizer_config,
-        weights,
+        model.weights(),
         model.roles(),
         mode=how.update,
         seed=0,
@@ -78,7 +84,7 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
     return tracker.peak
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", SLOW_INT8])
 @pytest.mark.parametrize(
     ("mode", "accumulate"),
     [("unfused", 1), ("unfused", 3), ("fused+subspace", 1), ("fused+subspace", 3), ("fused", 1)],
@@ -94,6 +100,30 @@ def test_meta_equals_real_to_the_byte(
     rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
     assert rehearsed.tensors == real_peak(optimizer, how, 32)
     assert sum(rehearsed.parts.values()) == rehearsed.tensors
+
+
+@pytest.mark.parametrize("level", ["keep", "attn", "full"])
+@pytest.mark.parametrize(("mode", "accumulate"), [("fused", 1), ("fused+subspace", 3)])
+def test_codes_are_made_floats_slice_by_slice_on_meta_as_in_fact(
+    mode: str, accumulate: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six slices and more to a matrix, of which meta visits three."""
+    monkeypatch.setattr("lowmem.model.int8.SLICE_ELEMENTS", 2**11)
+    optimizer = OptimizerConfig.model_validate(METHODS["galore-8bit"])
+    how = choice(mode, level, "int8", accumulate)
+    rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
+    assert rehearsed.tensors == real_peak(optimizer, how, 32)
+
+
+def test_weights_in_codes_are_counted_as_they_are_stored() -> None:
+    """A byte an element, and five bytes for every 128 of them; the ends in the compute dtype."""
+    seven = read_preset("llama-7b")
+    how = choice("fused", "full", "int8", 1)
+    optimizer = OptimizerConfig(method="scale")
+    parts = rehearse(seven, optimizer, how, 256, attention="flash").parts
+    matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    ends = 2 * 2 * 32000 * 4096 + 65 * 2 * 4096
+    assert parts["weights"] == matrices + 5 * matrices // 128 + ends
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
