@@ -8,6 +8,7 @@ from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.cli.settings import no_cuda
 from lowmem.errors import CheckpointError, ConfigError
+from lowmem.model.huggingface import float_weights, in_codes
 from lowmem.train.checkpoint import model_folder
 
 
@@ -47,12 +48,12 @@ def _device(name: str) -> str:
 
 def _generate(folder: Path, prompt: str, choice: Choice, device: str) -> str:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     tokenizer = _read(AutoTokenizer, folder)
-    model = _read(AutoModelForCausalLM, folder).to(device).eval()
+    model = _model(folder).to(device).eval()
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     given = torch.tensor([ids], device=device)
     torch.manual_seed(choice.seed)
@@ -68,6 +69,19 @@ def _generate(folder: Path, prompt: str, choice: Choice, device: str) -> str:
             **how,
         )
     return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def _model(folder: Path) -> Any:
+    """transformers' model of the folder, with codes as floats."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if not in_codes(folder):
+        return _read(AutoModelForCausalLM, folder)
+    weights = {name: weight.make() for name, weight in float_weights(folder)}
+    config = _read(LlamaConfig, folder)
+    return LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=weights, dtype=config.dtype
+    )
 
 
 def _read(loader: Any, folder: Path) -> Any:

@@ -251,7 +251,8 @@ class TrainConfig(Section):
         default="auto", description="gradient norm limit"
     )
     weights: WeightFormat | Auto = Field(
-        default="auto", description="format of the weights in memory"
+        default="auto",
+        description="format of the weights in memory; int8: the matrices of the blocks as codes",
     )
     attention: Literal["sdpa", "flash-attn"] = Field(
         default="sdpa", description="PyTorch's own fused attention, or the flash-attn package"

@@ -2,10 +2,17 @@
 
 model = load_folder(Path("meta-llama"), torch.bfloat16, "cuda")
 save_folder(model, Path("export"), tokenizer=None)     # AutoModelForCausalLM reads it
+
+A model in 8-bit codes is saved in the same layout, but under a file name that only lowmem knows:
+found as model.safetensors, transformers would miss its matrices and draw random ones instead.
+
+write_floats(Path("checkpoint"), Path("export"))       # from codes what AutoModelForCausalLM reads
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +26,13 @@ from lowmem.config.huggingface import (
 )
 from lowmem.config.schema import ModelConfig
 from lowmem.errors import CheckpointError
+from lowmem.kernels.grouped_weight import Weight
+from lowmem.model.int8 import GROUP
 from lowmem.model.llama import Llama
-from lowmem.tensorfile import read_tensors, write_tensors
+from lowmem.tensorfile import Pending, read_tensor, read_tensors, write_tensors
 
 WEIGHTS = "model.safetensors"
+CODES = "lowmem-int8.safetensors"  # weights of a model in codes
 INDEX = "model.safetensors.index.json"
 
 
@@ -36,20 +46,20 @@ class SavedTokenizer(Protocol):
 
 
 def save_folder(model: Llama, folder: Path, tokenizer: SavedTokenizer | None = None) -> None:
-    """Write config.json, generation_config.json and model.safetensors, and the tokenizer's files.
+    """Write config.json, generation_config.json and the weights, and the tokenizer's files.
 
     The folder is made where it is missing. The end-of-document token becomes eos_token_id, so that
     generation stops at it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-    dtype = str(weights[0][1].dtype).removeprefix("torch.")
+    dtype = str(model.head_weight.dtype).removeprefix("torch.")
     config = model.config
     if tokenizer is not None:
         config = config.model_copy(update={"eos_token_id": tokenizer.end_id})
     _write_json(folder / "config.json", huggingface_config(config, dtype))
     _write_json(folder / "generation_config.json", huggingface_generation_config(config))
-    write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
+    about = {"format": "lowmem-int8", "group": str(GROUP)} if model.int8 else {"format": "pt"}
+    write_tensors(folder / (CODES if model.int8 else WEIGHTS), model.state_dict().items(), about)
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -64,23 +74,90 @@ def load_folder(
 ) -> Llama:
     """The model of a Hugging Face folder, single file or sharded, cast to `dtype`.
 
-    One tensor at a time is in host memory. CheckpointError: a file, tensor or shape that does not
-    match, by name; ConfigError: a config.json of another model.
+    What is stored as codes stays codes, and `dtype` is that of the rest. One tensor at a time is in
+    host memory. CheckpointError: a file, tensor or shape that does not match, by name; ConfigError:
+    a config.json of another model.
     """
-    data = _read_json(folder / "config.json")
-    config = model_config_from_huggingface(data)
-    model = Llama(config, dtype=dtype, device=device, recompute=recompute, attention=attention)
+    model = Llama(
+        model_config_from_huggingface(_read_json(folder / "config.json")),
+        dtype=dtype,
+        device=device,
+        int8=in_codes(folder),
+        recompute=recompute,
+        attention=attention,
+    )
     load_weights(model, folder)
     return model
 
 
+def in_codes(folder: Path) -> bool:
+    """Are the weights of this folder 8-bit codes?"""
+    return (folder / CODES).is_file()
+
+
+def dtype_of(config: dict[str, Any]) -> torch.dtype:
+    """Of the weights that are no codes, by a config.json. CheckpointError: another than floats."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    dtypes = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in dtypes:
+        raise CheckpointError(
+            f"weights of dtype {name!r}", f"allowed: {', '.join(dtypes)}", "convert the weights"
+        )
+    return dtypes[name]
+
+
+def float_weights(folder: Path) -> list[tuple[str, Pending]]:
+    """Every weight of a folder in codes as floats of its config.json's dtype, made one at a time.
+
+    CheckpointError: a config.json or tensor that does not match; the latter when it is made.
+    """
+    data = _read_json(folder / "config.json")
+    config, dtype = model_config_from_huggingface(data), dtype_of(data)
+    shapes = Llama(config, dtype=dtype, device="meta", int8=True, attention="cpu")
+    return [
+        (name, Pending(dtype, tuple(weight.shape), partial(_floats, folder, name, weight)))
+        for name, weight in shapes.weights().items()
+    ]
+
+
+def _floats(folder: Path, name: str, expected: Weight) -> Tensor:
+    """A weight that a folder in codes holds, in the dtype, and of the shape, that is expected."""
+
+    def read(key: str, like: Tensor) -> Tensor:
+        found = read_tensor(folder / CODES, key)
+        if found.shape != like.shape:
+            shapes = f"{tuple(found.shape)} instead of {tuple(like.shape)}"
+            raise _mismatch(folder, f"{key} has shape {shapes}")
+        return found.to(like.dtype)
+
+    if isinstance(expected, Tensor):
+        return read(name, expected)
+    module = name.removesuffix("weight")
+    found = replace(
+        expected,
+        codes=read(f"{module}codes", expected.codes),
+        scales=read(f"{module}scales", expected.scales),
+        zeros=read(f"{module}zeros", expected.zeros),
+    )
+    return found.values(expected.dtype)
+
+
+def write_floats(folder: Path, out: Path) -> None:
+    """Write the weights of a folder in codes to `out` as floats, one tensor in memory at a time."""
+    write_tensors(out / WEIGHTS, float_weights(folder), {"format": "pt"})
+
+
 @torch.no_grad()
 def load_weights(model: Llama, folder: Path) -> None:
-    """Copy the weights of a Hugging Face folder into `model`, strictly.
+    """Copy the weights of a Hugging Face folder into `model`, strictly: codes only into codes.
 
     CheckpointError: a file, tensor or shape that does not match, by name.
     """
-    wanted = dict(model.named_parameters())
+    wanted = model.state_dict()
     missing = set(wanted)
     for name, tensor in _stored(folder):
         if name not in wanted:
@@ -104,7 +181,9 @@ def _may_be_skipped(name: str, config: ModelConfig) -> bool:
 
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of the folder's safetensors, one at a time."""
-    if (folder / INDEX).exists():
+    if in_codes(folder):
+        files = [CODES]
+    elif (folder / INDEX).exists():
         files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
     else:
         files = [WEIGHTS]

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from lowmem.config.schema import UpdateMode
 from lowmem.errors import CheckpointError
+from lowmem.kernels.grouped_weight import Weight
 from lowmem.naming import seed_of
 from lowmem.optim.formats import State
 from lowmem.optim.method import ByRows, Method, Reallocating, RowUpdate
 from lowmem.optim.place import Place
-from lowmem.optim.weights import Step, Weight, aligned, like, rows_of, write
+from lowmem.optim.weights import Step, aligned, like, rows_of, write
 from lowmem.phases import phase
 
 SUMMED = ("kept_bases",)  # of the diagnostics: counts

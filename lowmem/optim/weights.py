@@ -8,13 +8,13 @@ The arithmetic is float32 in all of them.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowmem.kernels.blockwise import BLOCK
-from lowmem.kernels.groupwise import Noise, dequantize, quantize, uniform
+from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.rounding import stochastic_round
 from lowmem.kernels.slices import row_slices
 
@@ -22,72 +22,6 @@ Step = Callable[[Tensor, int, int, float], None]
 """step(rows, start, stop, alpha): add alpha * direction[start:stop] to these float32 rows of the
 weight. Called once for every group of rows, from the first to the last; start * row length is a
 multiple of 256. The whole direction need never be in memory."""
-
-_BITS = 8
-
-
-@dataclass
-class GroupedWeight:
-    """A weight of which only 8-bit codes exist, with a scale and a zero point per group.
-
-    codes: uint8, contiguous, of the weight's shape. scales, zeros: float32, one per `group`
-    consecutive elements. dtype: of its gradients. noise: of stochastic rounding; None rounds to
-    nearest, which drops steps below half a code. span_zero: see `kernels/groupwise.py`.
-
-    Source: Zhang et al. 2024 (Q-GaLore), arXiv:2407.08296, section 3.4.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    group: int = 256
-    dtype: torch.dtype = torch.bfloat16
-    noise: Noise | None = uniform
-    span_zero: bool = True
-
-    @classmethod
-    def of(
-        cls,
-        weight: Tensor,
-        group: int = 256,
-        noise: Noise | None = uniform,
-        span_zero: bool = True,
-    ) -> "GroupedWeight":
-        """The codes nearest to a weight, whose dtype its gradients will have."""
-        exact = weight.detach().float().contiguous()
-        found = quantize(exact, _BITS, group, None, span_zero)
-        return cls(*found, group, weight.dtype, noise, span_zero)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    def numel(self) -> int:
-        return self.codes.numel()
-
-    def rows(self, start: int, stop: int) -> "GroupedWeight":
-        """Some rows, of whole groups, in the same memory."""
-        return replace(
-            self,
-            codes=self.codes[start:stop],
-            scales=self.scales[self._groups(start, stop)],
-            zeros=self.zeros[self._groups(start, stop)],
-        )
-
-    def _groups(self, start: int, stop: int) -> slice:
-        width = self.numel() // max(1, self.shape[0])
-        return slice(start * width // self.group, -(-stop * width // self.group))
-
-    def values(self) -> Tensor:
-        """What the codes stand for, float32."""
-        return dequantize(self.codes, self.scales, self.zeros, self.group)
-
-
-Weight = Tensor | GroupedWeight
 
 
 def rows_of(weight: Weight, start: int, stop: int) -> Weight:
@@ -189,7 +123,4 @@ def _write_codes(weight: GroupedWeight, moved: Moved, seed: int, first_row: int)
         exact = moved(rows.values(), start, stop)
         at = (first_row + start) * width
         noise = weight.noise and weight.noise(exact.numel(), seed, at, exact.device)
-        found = quantize(exact, _BITS, weight.group, noise, weight.span_zero)
-        rows.codes.copy_(found.codes)
-        rows.scales.copy_(found.scales)
-        rows.zeros.copy_(found.zeros)
+        rows.store(exact, noise)

@@ -107,6 +107,13 @@ class Call:
 
 
 @dataclass(frozen=True)
+class NormCall(Call):
+    """rest: what is left when nobody looks at the norm any more."""
+
+    rest: int
+
+
+@dataclass(frozen=True)
 class Cost:
     """received: calls for the pieces of a gradient, in each pass. step: that of `step`."""
 
@@ -122,7 +129,7 @@ class OptimizerBytes:
 
     persistent: int
     costs: Mapping[str, Cost]
-    norm: Call
+    norm: NormCall
 
     @property
     def held(self) -> int:
@@ -139,7 +146,7 @@ class _Recorder(LiveBytes):
     def __init__(self, llama: Llama, scratch: bool) -> None:
         super().__init__("meta", scratch)
         self.sections: list[Section] = []
-        self.track(dict(llama.named_parameters()), "weights")
+        self.track(llama.state_dict(), "weights")
         self.live = self.peak = 0
         self.sections.clear()
         self.pieces: defaultdict[str, list[Piece]] = defaultdict(list)
@@ -198,8 +205,8 @@ def model_bytes(
         loss_and_norm = update(llama, listener, choice, seq_len)
         passes = _passes(recorder.sections)
         recorder.peak = resting = recorder.live
+        del loss_and_norm  # training reads them after the step
         evaluate(llama, choice, seq_len)
-    del loss_and_norm  # which a training loop holds until the next update
     pieces = {kin(name): rows[: len(rows) // len(passes)] for name, rows in recorder.pieces.items()}
     return ModelBytes(passes, resting, recorder.peak, pieces)
 
@@ -294,30 +301,28 @@ def _received(tracker: LiveBytes, owner: Optimizer, name: str, piece: Piece) -> 
 
 def _called(tracker: LiveBytes, call: Callable[[], object]) -> Call:
     tracker.peak = before = tracker.live
-    result = call()
-    made = Call(tracker.peak - before, tracker.live - before)
-    del result  # what it holds is left
-    return made
+    call()
+    return Call(tracker.peak - before, tracker.live - before)
 
 
 @cache
-def norm_bytes(mode: UpdateMode, clipped: bool, weights: int) -> Call:
+def norm_bytes(mode: UpdateMode, clipped: bool, weights: int) -> NormCall:
     """The norm of so many gradients, and its clipping: neither depends on their sizes."""
     owner = Optimizer(mode, 0)
     for index in range(weights):
         owner.add(str(index), torch.empty(1, device="meta"), Dense(Sgd()), 0.0)
     owner.begin(0.0, 1)
 
-    def call() -> Tensor:
-        norm = owner.norm()
-        if clipped:
-            owner.clip(norm, 1.0)
-        return norm
-
     with LiveBytes("meta") as tracker:
         for name in owner.slots:
             owner.receive(name, torch.empty(1, device="meta"))
-        return _called(tracker, call)
+        tracker.peak = before = tracker.live
+        norm = owner.norm()
+        if clipped:
+            owner.clip(norm, 1.0)
+        extra, left = tracker.peak - before, tracker.live - before
+        del norm
+        return NormCall(extra, left, tracker.live - before)
 
 
 def compose(
@@ -395,4 +400,5 @@ def _stepped(model: ModelBytes, optimizer: OptimizerBytes, held: int) -> int:
     for cost in optimizer.costs.values():
         most = max(most, model.resting + held + cost.step.extra)
         held += cost.step.left
+    held += optimizer.norm.rest - optimizer.norm.left
     return max(most, model.evaluation + held)

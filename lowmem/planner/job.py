@@ -14,10 +14,18 @@ import torch
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
 from lowmem.config.recompute import Level, levels_of
-from lowmem.config.schema import Config, Logits, ModelConfig, OptimizerConfig, UpdateMode, settled
+from lowmem.config.schema import (
+    Config,
+    Logits,
+    ModelConfig,
+    OptimizerConfig,
+    UpdateMode,
+    WeightFormat,
+    settled,
+)
 from lowmem.errors import ConfigError
 from lowmem.kernels.attention import choose_backend
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.method import Reallocating
 from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.allocator import expandable_segments, replay
@@ -32,7 +40,6 @@ from lowmem.planner.compose import (
 )
 from lowmem.planner.plan import Card, Choice, Memory, Rates
 from lowmem.planner.rehearse import (
-    DTYPES,
     Rehearsal,
     model_on_meta,
     optimizer_on_meta,
@@ -61,7 +68,7 @@ class Job:
     _optimizers: dict[Any, OptimizerBytes] = field(default_factory=dict)
     _whole: dict[str, Rehearsal] = field(default_factory=dict)
     _persistent: dict[str, int] = field(default_factory=dict)
-    _llamas: dict[tuple[str, int], Llama] = field(default_factory=dict)
+    _llamas: dict[tuple[WeightFormat, int], Llama] = field(default_factory=dict)
 
     @staticmethod
     def of(config: Config, card: Card) -> "Job":
@@ -77,8 +84,9 @@ class Job:
             )
         if config.train.recompute != "auto":
             _check_recompute(config.train.recompute, model.num_hidden_layers)
-        weights = config.train.weights
-        dtype = torch.bfloat16 if weights == "auto" else DTYPES[settled(weights)]
+        given = config.train.weights
+        weights: WeightFormat = "bf16" if given == "auto" else settled(given)
+        dtype = compute_dtype(weights, config.train.device)
         attention = choose_backend("auto", torch.device(config.train.device), dtype, model.head_dim)
         return Job(config, card, model, rows, seq_len, attention)
 
@@ -201,7 +209,7 @@ class Job:
             return optimizer_on_meta(whole, self.optimizer(kind), mode)
         return owner
 
-    def _llama(self, weights: str, blocks: int) -> Llama:
+    def _llama(self, weights: WeightFormat, blocks: int) -> Llama:
         blocks = min(blocks, self.model.num_hidden_layers)
         if (weights, blocks) not in self._llamas:
             model = self.model.model_copy(update={"num_hidden_layers": blocks})

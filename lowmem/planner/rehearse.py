@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lowmem.config.schema import ModelConfig, OptimizerConfig, UpdateMode
+from lowmem.config.schema import ModelConfig, OptimizerConfig, UpdateMode, WeightFormat
 from lowmem.kernels.blockwise import lookup_tables
+from lowmem.kernels.grouped_weight import Weight
 from lowmem.kernels.random_normal import lookup_table
 from lowmem.kernels.slices import rehearsing
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
@@ -36,7 +37,6 @@ from lowmem.planner.plan import Choice
 GRANULE = 512  # the CUDA caching allocator rounds every request up to it
 _MULTIPROCESSORS = 132  # of the largest cards that are common
 _STRAY_BYTES = 2**20  # more than this in real memory during a rehearsal is a bug
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 PARTS = (
     "weights",
@@ -232,21 +232,28 @@ def rehearse(
         for _ in range(updates):
             loss_and_norm = update(llama, owner, choice, seq_len)
             owner.step()
+            del loss_and_norm  # training reads them after the step
         evaluate(llama, choice, seq_len)
-    del libraries, loss_and_norm  # the latter are a training loop's until the next update
+    del libraries
     return Rehearsal(
         tracker.peak, _ordered(tracker.peak_parts), sentence(tracker.peak_phase), tracker.events
     )
 
 
 def model_on_meta(
-    model: ModelConfig, weights: str, recompute: str, attention: str, *, keep_logits: bool = False
+    model: ModelConfig,
+    weights: WeightFormat,
+    recompute: str,
+    attention: str,
+    *,
+    keep_logits: bool = False,
 ) -> Llama:
     """The very model that would be trained, without memory."""
     return Llama(
         model,
-        dtype=DTYPES[weights],
+        dtype=compute_dtype(weights, "cpu" if attention == "cpu" else "cuda"),
         device="meta",
+        int8=weights == "int8",
         recompute=recompute,
         keep_logits=keep_logits,
         attention=attention,
@@ -257,7 +264,7 @@ def optimizer_on_meta(llama: Llama, optimizer: OptimizerConfig, mode: UpdateMode
     """Its optimizer, when that holds most."""
     owner = build_optimizer(
         optimizer,
-        dict(llama.named_parameters()),
+        llama.weights(),
         llama.roles(),
         mode=mode,
         seed=0,
@@ -281,7 +288,7 @@ def track_persistent(
     """
     for name in optimizer.slots if names is None else names:
         slot = optimizer.slots[name]
-        tracker.track([slot.weight], "weights")
+        tracker.track(stored(slot.weight), "weights")
         for key, value in slot.state.items():
             if isinstance(value, Tensor):
                 tracker.track([value], "projections" if key.endswith("basis") else "states")
@@ -289,6 +296,11 @@ def track_persistent(
                 tracker.track(lookup_tables(str(slot.weight.device)), "states")
             if key.endswith("basis"):
                 tracker.track([lookup_table(str(slot.weight.device))], "projections")
+
+
+def stored(weight: Weight) -> list[Tensor]:
+    """The tensors that hold a weight."""
+    return [weight] if isinstance(weight, Tensor) else [weight.codes, weight.scales, weight.zeros]
 
 
 def update(

@@ -38,11 +38,13 @@ PASSES = {
     "gate": 5,
     "gate backward": 5,
     "logits": 29,
+    "codes": 5.5,
 }
 """What kernels/ move per element, in elements of two bytes, as they are written now. Two work on
 slices that stay in the cache, "norm backward" and "gate backward": each operand counts once."""
 
-_ACTIVATION = 2  # bytes: bf16, as gradients and weights are
+_ACTIVATION = 2  # bytes: bf16, as gradients and most weights are
+_CODE = 1  # of a weight in int8, whose scales are few
 _SUM = 4  # float32
 _STATE = {"fp32": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
 _NEWTON_SCHULZ = 5  # iterations
@@ -232,10 +234,10 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
     yield _product(tokens, f, h, 2 * (3 * blocks + again))
     yield _product(tokens, h, f, 3 * blocks)
 
-    if choice.weights == "int8":  # made bf16 for every product: a byte read, two written
-        used = (2 * blocks + attends) * 2 * h * (q + kv)
-        used += (2 * blocks + again) * 2 * h * f + 2 * blocks * h * f
-        yield Op("int8 weights", "traffic", 0, 3 * used)
+    if choice.weights == "int8":  # forward, input gradient, and what is computed again
+        attention = 2 * (q + kv) * h * (2 * blocks + attends)
+        elements = attention + 2 * f * h * (2 * blocks + again) + h * f * 2 * blocks
+        yield Op("dequantisation", "traffic", 0, _ACTIVATION * PASSES["codes"] * elements)
 
     causal = 2 * tokens * seq_len * q  # q k' and p v, half of each
     read = _ACTIVATION * tokens * (q + kv)
@@ -282,7 +284,8 @@ def _matrix_update(timed: Timed, work: Work, m: int, n: int, count: int) -> Iter
     if products:
         yield Op("optimizer", "products", products, 0, count)
     share = large * rank / size if work.low else 1.0
-    moved = size * _bytes_per_element(choice, work, share, summed_inside=inside)
+    element = _CODE if choice.weights == "int8" else _ACTIVATION
+    moved = size * _bytes_per_element(choice, work, share, summed_inside=inside, weight=element)
     yield Op("optimizer", "traffic", 0, moved, count)
     for side in sides:  # a product and a QR with its Q
         yield Op("refresh", "solver", 5 * side**3, 0, count / options.get("frequency", 10))
@@ -327,13 +330,18 @@ def _sums(choice: Choice, whole: float, projected: float) -> Iterator[Op]:
 
 
 def _bytes_per_element(
-    choice: Choice, work: Work, share: float = 1.0, *, summed_inside: bool = False
+    choice: Choice,
+    work: Work,
+    share: float = 1.0,
+    *,
+    summed_inside: bool = False,
+    weight: int = _ACTIVATION,
 ) -> float:
     """Gradient read, weight read and written, moments read and written.
 
-    share: elements in the subspace per element of the matrix.
+    share: elements in the subspace per element of the matrix. weight: bytes of one.
     """
     gradient = _SUM if choice.accumulate > 1 else _ACTIVATION
     read = gradient * (share if summed_inside else work.reads)
     form = "8bit" if choice.method == "adam8bit" else choice.states
-    return read + 2 * _ACTIVATION + 2 * work.moments * share * _STATE.get(form, 4.0)
+    return read + 2 * weight + 2 * work.moments * share * _STATE.get(form, 4.0)

@@ -1,7 +1,8 @@
 """Save and restore a run, exactly: complete or absent, by name, without pickle.
 
 checkpoints/step-001000/
-    model/              a Hugging Face folder: weights, config.json, tokenizer, lowmem.json
+    model/              a Hugging Face folder: weights, config.json, tokenizer, lowmem.json;
+                        of weights in codes one that only lowmem reads, see model/huggingface.py
     optimizer/          state.safetensors, key "<parameter>/<state key>"
     state.json          counters of the states, update, tokens, hash of the next batch
     manifest.json       every other file with size and sha256
@@ -20,7 +21,14 @@ from lowmem import __version__
 from lowmem.data.batches import Batches
 from lowmem.data.shards import Corpus
 from lowmem.errors import CheckpointError, DataError
-from lowmem.model.huggingface import load_weights, save_folder
+from lowmem.model.huggingface import (
+    CODES,
+    WEIGHTS,
+    in_codes,
+    load_weights,
+    save_folder,
+    write_floats,
+)
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
 from lowmem.tensorfile import read_tensors, sha256_of, write_tensors
@@ -28,7 +36,7 @@ from lowmem.train.run import Run
 
 SCHEMA_VERSION = 1
 MANIFEST, STATE, STATES = "manifest.json", "state.json", Path("optimizer", "state.safetensors")
-NEEDED = ("model/config.json", "model/model.safetensors", STATES.as_posix(), STATE)
+NEEDED = ("model/config.json", STATES.as_posix(), STATE)  # and the weights, as floats or codes
 ABOUT = "lowmem.json"  # what a model folder says of its training; transformers ignores it
 
 
@@ -137,6 +145,8 @@ def verify(folder: Path) -> None:
     files = _read_json(folder / MANIFEST).get("files")
     if not isinstance(files, dict) or not set(NEEDED) <= set(files):
         raise _damaged(folder, f"{folder / MANIFEST} does not list {', '.join(NEEDED)}")
+    if not {f"model/{WEIGHTS}", f"model/{CODES}"} & set(files):
+        raise _damaged(folder, f"{folder / MANIFEST} lists neither {WEIGHTS} nor {CODES}")
     for name, expected in files.items():
         path = folder / name
         if not isinstance(expected, dict) or not {"size", "sha256"} <= set(expected):
@@ -191,8 +201,11 @@ def model_folder(path: Path) -> Path:
 
 
 def export(path: Path, out: Path) -> None:
-    """Copy the Hugging Face folder of a run or checkpoint to `out`, verified."""
-    shutil.copytree(model_folder(path), out, dirs_exist_ok=True)
+    """Copy the Hugging Face folder of a run or checkpoint to `out`, verified; codes as floats."""
+    folder = model_folder(path)
+    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CODES))
+    if in_codes(folder):
+        write_floats(folder, out)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

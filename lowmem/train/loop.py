@@ -13,17 +13,16 @@ from torch import Tensor
 
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
-from lowmem.config.schema import Config, settled
+from lowmem.config.schema import Config, WeightFormat, settled
 from lowmem.data.batches import Batches, UpdateBatch
 from lowmem.data.shards import Corpus, TokenStream
 from lowmem.errors import DataError, HardwareError, Stopped
 from lowmem.kernels.attention import choose_backend
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Plan
-from lowmem.planner.rehearse import DTYPES
 from lowmem.train import checkpoint, diagnose
 from lowmem.train.checkpoint import Position
 from lowmem.train.evaluate import evaluate, validation_of
@@ -111,7 +110,7 @@ def require_hardware(config: Config) -> None:
             "run it where the card is",
         )
     model = resolve_model(config.model, Path.cwd())
-    dtype = DTYPES[settled(config.train.weights)]
+    dtype = compute_dtype(settled(config.train.weights), device)
     backend = choose_backend(config.train.attention, torch.device(device), dtype, model.head_dim)
     if backend == "flash" and torch.cuda.get_device_capability() < (8, 0):
         raise HardwareError(
@@ -124,17 +123,19 @@ def require_hardware(config: Config) -> None:
 def build(config: Config) -> tuple[Llama, Optimizer]:
     """The model, uninitialised, and its optimizer. Raises as `require_hardware`."""
     require_hardware(config)
+    weights: WeightFormat = settled(config.train.weights)
     model = Llama(
         resolve_model(config.model, Path.cwd()),
-        dtype=DTYPES[settled(config.train.weights)],
+        dtype=compute_dtype(weights, config.train.device),
         device=config.train.device,
+        int8=weights == "int8",
         recompute=settled(config.train.recompute),
         keep_logits=config.train.logits == "keep",
         attention=config.train.attention,
     )
     optimizer = build_optimizer(
         config.optimizer,
-        dict(model.named_parameters()),
+        model.weights(),
         model.roles(),
         mode=settled(config.train.update),
         seed=config.train.seed,

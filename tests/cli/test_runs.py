@@ -161,6 +161,37 @@ def test_a_sample_begins_with_the_prompt_and_repeats_with_its_seed(
     assert texts[0] != texts[2]
 
 
+def test_a_run_in_codes_goes_from_the_plan_to_the_export(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert train("codes", "--weights", "int8", "--json") == 0
+    captured = capsys.readouterr()
+    assert "int8 weights" in captured.err
+    assert json.loads(captured.out)["update"] == 4
+    saved = Path("runs/codes/checkpoints/step-000004/model")
+    assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors"}
+    assert not (saved / "model.safetensors").exists()
+    assert run(["export", "runs/codes", "floats"]) == 0
+    assert not list(Path("floats").glob("*int8*"))
+    results = [result(capsys, "eval", path) for path in ("runs/codes", "floats")]
+    assert results[0]["loss"] == results[1]["loss"]
+    how = ["--prompt", "word1", "--tokens", "8", "--device", "cpu"]
+    texts = [result(capsys, "sample", path, *how)["text"] for path in ("runs/codes", "floats")]
+    assert texts[0] == texts[1]
+    _, report = AutoModelForCausalLM.from_pretrained("floats", output_loading_info=True)
+    assert not any(report.values())
+
+
+def test_methods_that_need_float_weights_refuse_codes(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--model", "small.json", "--data", "text.txt", "--tokenizer", "tokenizer"]
+    how = ["--method", "adahessian", "--weights", "int8", "--device", "cpu"]
+    assert 'train.weights = "int8"' in refused(capsys, 2, ["train", *where, *how])
+
+
 def test_an_unforeseen_error_leaves_its_traceback_with_the_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from lowmem.config.schema import ModelConfig
 from lowmem.errors import ConfigError
 from lowmem.kernels.drawn_targets import drawn_targets
+from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.model.llama import Llama
 from lowmem.naming import seed_of
 from lowmem.optim.curvature import (
@@ -27,7 +28,6 @@ from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.place import Place
 from lowmem.optim.rules import Direction, Sgd
 from lowmem.optim.step import MadeAnew, gather
-from lowmem.optim.weights import GroupedWeight
 from tests.model.sinks import Whole
 
 TINY = {

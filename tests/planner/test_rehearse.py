@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lowmem.config.presets import read_preset
 from lowmem.config.schema import ModelConfig, OptimizerConfig
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Choice
-from lowmem.planner.rehearse import DTYPES, LiveBytes, part_of, rehearse, track_persistent
+from lowmem.planner.rehearse import LiveBytes, part_of, rehearse, track_persistent
 
 MODEL = ModelConfig.model_validate(
     {
@@ -27,6 +27,7 @@ MODEL = ModelConfig.model_validate(
         "vocab_size": 1000,
     }
 )
+SLOW_INT8 = pytest.param("int8", marks=pytest.mark.slow)
 METHODS: dict[str, dict[str, Any]] = {
     "adamw": {"method": "adamw"},
     "adamw-bf16": {"method": "adamw", "states": "bf16"},
@@ -48,16 +49,16 @@ def real_peak(
     """The tracker's peak over two updates on CPU tensors."""
     model = Llama(
         shape,
-        dtype=DTYPES[how.weights],
+        dtype=compute_dtype(how.weights, "cpu"),
         device="cpu",
+        int8=how.weights == "int8",
         recompute=how.recompute,
         keep_logits=how.logits == "keep",
     )
     model.initialise(0)
-    weights = dict(model.named_parameters())
     optimizer = build_optimizer(
         optimizer_config,
-        weights,
+        model.weights(),
         model.roles(),
         mode=how.update,
         seed=0,
@@ -84,11 +85,11 @@ def real_peak(
                 clip=how.clip,
             )
             optimizer.step()
-    del loss_and_norm  # as a training loop holds them
+            del loss_and_norm  # alive until here, as in training
     return tracker.peak
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", SLOW_INT8])
 @pytest.mark.parametrize(
     ("mode", "accumulate"),
     [("unfused", 1), ("unfused", 3), ("fused+subspace", 1), ("fused+subspace", 3), ("fused", 1)],
@@ -128,6 +129,30 @@ def test_slices_of_the_vocabulary_are_rehearsed_to_the_byte(
     how = replace(choice(mode, "full", weights, accumulate), logits=logits)
     rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
     assert rehearsed.tensors == real_peak(optimizer, how, 32, shape)
+
+
+@pytest.mark.parametrize("level", ["keep", "attn", "full"])
+@pytest.mark.parametrize(("mode", "accumulate"), [("fused", 1), ("fused+subspace", 3)])
+def test_codes_are_made_floats_slice_by_slice_on_meta_as_in_fact(
+    mode: str, accumulate: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six slices and more to a matrix, of which meta visits three."""
+    monkeypatch.setattr("lowmem.model.int8.SLICE_ELEMENTS", 2**11)
+    optimizer = OptimizerConfig.model_validate(METHODS["galore-8bit"])
+    how = choice(mode, level, "int8", accumulate)
+    rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
+    assert rehearsed.tensors == real_peak(optimizer, how, 32)
+
+
+def test_weights_in_codes_are_counted_as_they_are_stored() -> None:
+    """A byte an element, and five bytes for every 128 of them; the ends in the compute dtype."""
+    seven = read_preset("llama-7b")
+    how = choice("fused", "full", "int8", 1)
+    optimizer = OptimizerConfig(method="scale")
+    parts = rehearse(seven, optimizer, how, 256, attention="flash").parts
+    matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    ends = 2 * 2 * 32000 * 4096 + 65 * 2 * 4096
+    assert parts["weights"] == matrices + 5 * matrices // 128 + ends
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])

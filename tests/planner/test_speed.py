@@ -19,6 +19,7 @@ from lowmem.config.presets import read_preset
 from lowmem.config.recompute import Level
 from lowmem.config.schema import Config, Logits, ModelConfig, OptimizerConfig
 from lowmem.errors import ConfigError
+from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.kernels.linear_cross_entropy import cross_entropy, cross_entropy_backward
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_again
 from lowmem.kernels.rope import rotate_, tables
@@ -39,6 +40,7 @@ from lowmem.planner.speed import (
     operations,
     why_no_estimate,
 )
+from tests.model.sinks import Nothing
 
 SMALL = ModelConfig(
     hidden_size=64,
@@ -172,17 +174,56 @@ def test_passes_over_memory_are_those_of_the_kernels(what: str) -> None:
     """Within 10 %, for what is counted per row; the two left out work inside the cache."""
     x, y, row, weight = bf16(N, H), bf16(N, H), torch.ones(N, 1), bf16(H)
     turning, angles = x.view(1, N, H // 32, 32), tables(torch.ones(16), N)
+    codes = GroupedWeight.of(torch.ones(N, H), 128)
     calls: dict[str, Callable[[], Any]] = {
         "norm": lambda: rms_norm(x, weight, 1e-6),
         "norm again": lambda: rms_norm_again(x, weight, row),
         "residual": lambda: x.add_(y),
         "rotation": lambda: rotate_(turning, *angles),
         "gate": lambda: swiglu(x, y),
+        "codes": lambda: codes.values(torch.bfloat16),
         "logits": head,
     }
     with BytesMoved() as moved:
         calls[what]()
     assert moved.bytes / (2 * N * WIDTH.get(what, H)) == pytest.approx(PASSES[what], rel=0.1)
+
+
+@pytest.mark.parametrize("level", ["keep", "attn", "full"])
+def test_codes_become_floats_as_often_as_is_counted(
+    level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = Llama(SMALL, dtype=torch.float32, device="cpu", int8=True, recompute=level)
+    llama.initialise(0)
+    seen: list[int] = []
+    plain = GroupedWeight.values
+
+    def counting(weight: GroupedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+        seen.append(weight.numel())
+        return plain(weight, dtype)
+
+    monkeypatch.setattr(GroupedWeight, "values", counting)
+    llama.sink = Nothing()
+    inputs = torch.randint(0, 320, (2, 64))
+    llama.loss(inputs, inputs, 128).backward()
+    choice = replace(CHOICE, recompute=level, weights="int8")
+    (op,) = (op for op in micro_batch(SMALL, choice, 128, 64) if op.part == "dequantisation")
+    assert op.bytes * op.times == 2 * PASSES["codes"] * sum(seen)
+
+
+def test_codes_cost_time() -> None:
+    """To make them floats; with more tokens per micro-batch, less of it."""
+    model = read_preset("llama-7b")
+    shares = []
+    for micro in (1, 64):
+        choice = replace(CHOICE, micro_batch=micro, accumulate=64 // micro)
+        coded, plain = (
+            speed_on("rtx4090", model, replace(choice, weights=weights)).seconds_per_update
+            for weights in ("int8", "bf16")
+        )
+        shares.append(coded / plain - 1)
+    assert shares[0] > 0.2
+    assert 0 < shares[1] < 0.05
 
 
 BROAD = read_preset("llama-60m").model_copy(update={"num_hidden_layers": 1})
