@@ -27,8 +27,6 @@ from lowmem.planner.plan import Card, Choice, Memory
 from lowmem.planner.rehearse import DTYPES, GRANULE, Rehearsal, rehearse
 from lowmem.units import MIB
 
-# One of ":4096:8" (cli/main.py) for each of the two threads that multiply: ours and autograd's.
-CUBLAS_WORKSPACE = 2 * 33_554_432
 _SHALLOW = (3, 4)  # blocks of the two estimating rehearsals
 
 
@@ -65,7 +63,7 @@ class Job:
     @property
     def workspace(self) -> int:
         """Bytes that libraries hold throughout a run on this device."""
-        return 0 if self.config.train.device == "cpu" else CUBLAS_WORKSPACE
+        return 0 if self.config.train.device == "cpu" else self.card.workspace
 
     def choice(self, kind: Kind, mode: UpdateMode, level: Level, micro: int) -> Choice:
         """These settings as a Choice, with micro-batches made equal in size."""

@@ -65,7 +65,7 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
     track_persistent(tracker, model, optimizer)
     with tracker:
         for _ in range(2):
-            gather(
+            made = gather(
                 model,
                 optimizer,
                 MadeAnew(batches),
@@ -75,6 +75,7 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
                 clip=how.clip,
             )
             optimizer.step()
+            del made  # alive until here, as in training
     return tracker.peak
 
 
