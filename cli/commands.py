@@ -65,7 +65,14 @@ def lowmem(
         typer.echo(context.get_help())
 
 
-def plan(given: Given, json: Json = False) -> None:
+def plan(
+    given: Given,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="run two updates of it on this machine, and compare"),
+    ] = False,
+    json: Json = False,
+) -> None:
     """Predict the memory of a run and choose what fits; needs no GPU.
 
     \b
@@ -73,10 +80,11 @@ def plan(given: Given, json: Json = False) -> None:
       lowmem plan --gpu 24GB --model llama-7b
       lowmem plan --gpu rtx3060-12gb --model llama-1b --method galore --rank 256
       lowmem plan --gpu 16GB --model ./my-llama/config.json --json
+      lowmem plan --verify --gpu 12GB --model llama-350m
     """
     from lowmem.cli import plan as command
 
-    command.plan(given, as_json=json)
+    command.plan(given, verify=verify, as_json=json)
 
 
 def train(

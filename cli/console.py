@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from lowmem.cli.lines import EventLines
+from lowmem.planner.calibration import Row
 from lowmem.planner.plan import Candidate, Plan
 from lowmem.planner.speed import why_no_estimate
 from lowmem.train.events import Event, Report, Started, Trained
@@ -30,12 +31,17 @@ _PIPE_WIDTH = 120  # tables in a pipe or file, unless COLUMNS says
 
 
 class Console:
-    """stdout for results and stderr for what happens; quiet silences the second."""
+    """stdout for results and stderr for what happens; quiet silences it, verbose adds detail."""
 
     def __init__(
-        self, *, quiet: bool = False, out: TextIO | None = None, err: TextIO | None = None
+        self,
+        *,
+        quiet: bool = False,
+        verbose: bool = False,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
     ) -> None:
-        self.quiet = quiet
+        self.quiet, self.verbose = quiet, verbose
         self._out = _rich(out, stderr=False)
         self._err = _rich(err, stderr=True)
 
@@ -77,6 +83,21 @@ class Console:
         for note in plan.notes:
             target.print(f"  {note}")
 
+    def verification(self, rows: Sequence[Row]) -> None:
+        """What was planned and what was measured, on stdout."""
+        cells = [
+            [
+                row.segment,
+                row.what,
+                format_bytes(row.planned),
+                "not measured" if row.measured is None else format_bytes(row.measured),
+                "" if row.error is None else f"{row.error:+.2%}",
+                "" if row.is_right else "wrong",
+            ]
+            for row in rows
+        ]
+        self.table(["when", "what", ">planned", ">measured", ">error", ""], cells)
+
     @contextmanager
     def progress(self, clock: Callable[[], float] = time.monotonic) -> Iterator[Report]:
         """A report function that shows a run; a terminal also gets a bar below the lines."""
@@ -85,7 +106,12 @@ class Console:
         elif self._err.is_terminal and not self._err.is_dumb_terminal:
             yield from self._live()
         else:
-            lines = EventLines(interval=5.0, clock=clock, stamp=lambda: time.strftime("%H:%M:%S "))
+            lines = EventLines(
+                interval=5.0,
+                clock=clock,
+                stamp=lambda: time.strftime("%H:%M:%S "),
+                parts=self.verbose,
+            )
             yield lambda event: self._lines(lines.of(event))
 
     @contextmanager
@@ -111,7 +137,7 @@ class Console:
             self._err.print(line, soft_wrap=True)
 
     def _live(self) -> Iterator[Report]:
-        lines = EventLines(interval=0.0, clock=time.monotonic, stamp=lambda: "")
+        lines = EventLines(interval=0.0, clock=time.monotonic, stamp=lambda: "", parts=self.verbose)
         bar = Progress(
             BarColumn(bar_width=None),
             TaskProgressColumn(),
@@ -166,6 +192,9 @@ def _card_lines(plan: Plan) -> list[str]:
         f"Card    {card.name} ({card.source}): {format_bytes(card.usable_bytes)} usable",
         f"        = {format_bytes(card.total)} - context {format_bytes(card.context)}"
         f" - others {format_bytes(card.others)} - margin {format_bytes(card.margin)}",
+        f"        presets: {', '.join(card.presets)}",
+        *([f"        measured: {card.calibration}"] if card.calibration else []),
+        *(f"        warning: {warning}" for warning in card.warnings),
         f"Choice  {plan.choice.sentence()}",
         *([f"Quality {plan.quality.sentence()}"] if plan.quality else []),
         f"Peak    {format_bytes(memory.reserved)} reserved,"
@@ -183,7 +212,7 @@ def _speed_lines(plan: Plan) -> list[str]:
     return [
         f"Speed   about {format_count(speed.tokens_per_second)} tokens/s,"
         f" {format_span(speed.seconds_per_update)} per update, by rates of {rates.card}"
-        f" (+-{100 * speed.error:.0f} %, uncalibrated)",
+        f" (+-{100 * speed.error:.0f} %, {'measured rates' if rates.measured else 'uncalibrated'})",
         f"Time    about {format_span(seconds)} for {format_count(tokens)} tokens"
         f" in {plan.config.train.updates} updates, without evaluation",
     ]

@@ -40,12 +40,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Given:
-    """What the user typed: settings by dotted key, --config files, --set assignments, -q."""
+    """What the user typed: settings by dotted key, --config files, --set assignments, -q, -v."""
 
     flags: dict[str, Any]
     files: list[Path]
     assignments: list[str]
     quiet: bool
+    verbose: bool = False
 
 
 SETTINGS = (
@@ -115,7 +116,9 @@ _SET = Annotated[
     ),
 ]
 _QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="errors only")]
-_VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="tracebacks with errors")]
+_VERBOSE = Annotated[
+    bool, typer.Option("--verbose", "-v", help="tracebacks with errors, memory by category")
+]
 
 
 def with_settings(
@@ -156,7 +159,8 @@ def _given(settings: Iterable[Setting], typed: dict[str, Any]) -> Given:
     flags = {s.key: typed[s.variable] for s in settings if typed[s.variable] is not None}
     if typed.get("skip_bad"):
         flags[FLAGS["--skip-bad"]] = True
-    return Given(flags, typed.get("config", []), typed.get("assignments", []), typed["quiet"])
+    files, assignments = typed.get("config", []), typed.get("assignments", [])
+    return Given(flags, files, assignments, typed["quiet"], typed["verbose"])
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -11,7 +11,7 @@ from lowmem.train.run import Run
 
 def resume(given: Given, folder: Path, *, as_json: bool) -> None:
     """Train on in `folder` from its newest checkpoint."""
-    console = Console(quiet=given.quiet)
+    console = Console(quiet=given.quiet, verbose=given.verbose)
     run = Run.open(folder)
     corpus = corpus_of(run.config, console)
     with console.progress() as report, traced_in(run.folder):

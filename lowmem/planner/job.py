@@ -48,8 +48,6 @@ from lowmem.planner.rehearse import (
 from lowmem.planner.speed import Timed, seconds
 from lowmem.units import MIB
 
-# One of ":4096:8" (cli/main.py) for each of the two threads that multiply: ours and autograd's.
-CUBLAS_WORKSPACE = 2 * 33_554_432
 # Where no rates are known settings must still be compared: by those of a common machine.
 COMMON_RATES = {"cuda": Rates("a common card", 80, 600), "cpu": Rates("a common CPU", 0.2, 30)}
 
@@ -93,7 +91,7 @@ class Job:
     @property
     def workspace(self) -> int:
         """Bytes that libraries hold throughout a run on this device."""
-        return 0 if self.config.train.device == "cpu" else CUBLAS_WORKSPACE
+        return 0 if self.config.train.device == "cpu" else self.card.workspace
 
     def choice(
         self, kind: Kind, mode: UpdateMode, recompute: str, logits: Logits, micro: int

@@ -3,22 +3,28 @@
 `Plan.to_json` is the published form of `plan.json` and of `lowmem plan --json`.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowmem.config.schema import Config, Logits, UpdateMode, WeightFormat, settled
 from lowmem.planner.quality import Penalty
+from lowmem.planner.workspaces import CUBLAS_WORKSPACE
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Rates:
-    """tflops: bf16 products summed in float32. bandwidth: GB/s. Both of `card` in cards.toml."""
+    """tflops: bf16 products summed in float32. bandwidth: GB/s.
+
+    Both of `card` in cards.toml, which are peaks; measured: what the card reached instead.
+    """
 
     card: str
     tflops: float
     bandwidth: float
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Card:
 
     total: as the driver reports it. context: CUDA context and loaded kernels. others: desktop and
     other processes. margin: kept free against what no model sees. source: preset | measured.
-    rates: how fast it is, None where unknown.
+    rates: how fast it is, None where unknown. workspace: what cuBLAS holds throughout. calibration:
+    the file with the measurement of this card that was used, if any.
     """
 
     name: str
@@ -38,6 +45,18 @@ class Card:
     source: str
     kind: str = "cuda"  # "cuda", or "cpu" where the budget is host memory
     rates: Rates | None = None
+    workspace: int = CUBLAS_WORKSPACE
+    calibration: str | None = None
+    warnings: tuple[str, ...] = ()  # of calibrations that were ignored
+
+    @property
+    def presets(self) -> list[str]:
+        """Which of the numbers nobody has measured on this card."""
+        if self.kind == "cpu":
+            return ["margin"]
+        known = {"others"} if self.source == "measured" else set[str]()
+        known |= {"context", "workspace"} if self.calibration else set()
+        return [name for name in ("context", "others", "margin", "workspace") if name not in known]
 
     @property
     def usable_bytes(self) -> int:
@@ -145,6 +164,11 @@ class Plan:
             return None
         return settled(self.config.train.updates) * self.speed.seconds_per_update
 
+    @property
+    def device_bytes(self) -> int:
+        """What the card will have lost: reserved, context and what others use."""
+        return self.memory.reserved + self.card.context + self.card.others
+
     def to_json(self) -> dict[str, Any]:
         """The published form: plain numbers, strings, lists and tables."""
         return {
@@ -154,7 +178,7 @@ class Plan:
             "peak_bytes": self.memory.reserved,
             "tensor_bytes": self.memory.tensors,
             "allocated_bytes": self.memory.allocated,
-            "device_bytes": self.memory.reserved + self.card.context + self.card.others,
+            "device_bytes": self.device_bytes,
             "instant": self.memory.instant,
             "parts": self.memory.parts,
             "choice": asdict(self.choice),
@@ -167,3 +191,21 @@ class Plan:
             "config": self.config.model_dump(mode="json"),
             "notes": self.notes,
         }
+
+
+def recorded_plan(record: Mapping[str, Any], config: Config) -> Plan:
+    """The plan of a run's plan.json, without alternatives, speed and quality.
+
+    KeyError, TypeError: the record lacks or misuses something; it was written by another version.
+    """
+    card = dict(record["card"])
+    card["rates"] = None if card["rates"] is None else Rates(**card["rates"])
+    memory = Memory(
+        record["tensor_bytes"],
+        record["allocated_bytes"],
+        record["peak_bytes"],
+        record["parts"],
+        record["instant"],
+    )
+    card["warnings"] = tuple(card["warnings"])
+    return Plan(config, Card(**card), Choice(**record["choice"]), memory)

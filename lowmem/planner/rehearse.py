@@ -10,9 +10,9 @@ See docs/memory.md.
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,17 +31,18 @@ from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
-from lowmem.phases import current_phase
+from lowmem.phases import current_phase, phase, sentence
 from lowmem.planner.plan import Choice
+from lowmem.planner.workspaces import scratch_of_operators
 
 GRANULE = 512  # the CUDA caching allocator rounds every request up to it
-_MULTIPROCESSORS = 132  # of the largest cards that are common
 _STRAY_BYTES = 2**20  # more than this in real memory during a rehearsal is a bug
 
+GATHER, STEP, EVALUATE = SEGMENTS = ("forward and backward", "update", "evaluation")
+
+PERSISTENT = ("weights", "states", "projections")
 PARTS = (
-    "weights",
-    "states",
-    "projections",
+    *PERSISTENT,
     "gradients",
     "activations",
     "loss",
@@ -49,6 +50,18 @@ PARTS = (
     "batch",
     "workspace",
 )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a run. peak: highest bytes inside. end: bytes at its end.
+
+    events: (start, stop) in the list of allocations, one for each time that it ran.
+    """
+
+    peak: int
+    end: int
+    events: list[tuple[int, int]]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,12 +74,14 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, device_type: str, scratch: bool = False) -> None:
         super().__init__()
         self.device_type = device_type
-        self._workspaces: dict[Any, Callable[..., int]] = WORKSPACE if scratch else {}
+        self._workspaces = scratch_of_operators() if scratch else {}
         self.events: list[tuple[int, int]] = []
         self.live = 0
         self.peak = 0
         self.peak_parts: dict[str, int] = {}
         self.peak_phase: tuple[str, ...] = ()
+        self.segments: dict[str, Segment] = {}
+        self._highest = 0  # in the open segment
         self._parts: defaultdict[str, int] = defaultdict(int)
         self._seen = WeakIdKeyDictionary()
         self._ids = itertools.count()
@@ -75,6 +90,22 @@ class LiveBytes(TorchDispatchMode):
         """Count tensors that exist beforehand."""
         for tensor in tensors.values() if isinstance(tensors, Mapping) else tensors:
             self._add(tensor, part)
+
+    def parts(self) -> dict[str, int]:
+        """What the live bytes are for, now."""
+        return {name: size for name, size in self._parts.items() if size}
+
+    @contextmanager
+    def segment(self, name: str) -> Iterator[None]:
+        """Note the highest bytes inside and what is left at the end; segments do not nest.
+
+        Of a name that comes again the higher peak and the last end are kept.
+        """
+        self._highest, start = self.live, len(self.events)
+        yield
+        earlier = self.segments.get(name, Segment(0, 0, []))
+        runs = [*earlier.events, (start, len(self.events))]
+        self.segments[name] = Segment(max(earlier.peak, self._highest), self.live, runs)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -122,11 +153,12 @@ class LiveBytes(TorchDispatchMode):
         self.events.append((number, -size))
 
     def _mark(self, scratch: int, part: str) -> None:
+        self._highest = max(self._highest, self.live + scratch)
         if self.live + scratch <= self.peak:
             return
         self.peak = self.live + scratch
         self.peak_phase = current_phase()
-        self.peak_parts = {name: size for name, size in self._parts.items() if size}
+        self.peak_parts = self.parts()
         if scratch:
             self.peak_parts[part] = self.peak_parts.get(part, 0) + scratch
 
@@ -141,22 +173,6 @@ def part_of(phases: tuple[str, ...]) -> str:
         if name in ("loss", "batch"):
             return name
     return "activations"
-
-
-def _eigh_scratch(matrix: Tensor, *rest: Any) -> int:
-    # Bound for cuSOLVER's syevd in float64: a copy of the matrix and twice its size to work in.
-    return 3 * matrix.numel() * matrix.element_size()
-
-
-def _flash_backward_scratch(grad: Tensor, query: Tensor, key: Tensor, *rest: Any) -> int:
-    # flash-attention 2: row sums, and a float32 query gradient padded to 128 tokens and 32 columns,
-    # in deterministic mode (which exact resume needs) one for each share of the processors.
-    batch, heads, length, width = query.shape
-    tokens, columns = -(-length // 128) * 128, -(-width // 32) * 32
-    shares = -(-_MULTIPROCESSORS // (batch * heads))
-    # With fewer key heads, their gradients are first made for every query head.
-    expanded = 2 * query.numel() * query.element_size() if key.shape[1] != heads else 0
-    return 4 * batch * heads * tokens * (columns * shares + 1) + expanded
 
 
 IN_PLACE = {
@@ -183,24 +199,20 @@ IN_PLACE = {
 }
 """Operators that only overwrite their first argument: on meta there is nothing to do."""
 
-WORKSPACE: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._linalg_eigh.default: _eigh_scratch,
-    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch,
-}
-"""Scratch memory of operators that allocate it out of sight, in bytes, from their arguments.
-
-The tracker adds it at the moment of the call; see docs/memory.md.
-"""
-
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsed update needs; the fields are those of LiveBytes."""
+    """What a rehearsed update needs; the fields are those of LiveBytes.
+
+    persistent: what lives as long as the run, by part. segments: by name of SEGMENTS.
+    """
 
     tensors: int
     parts: dict[str, int]
     instant: str
     events: list[tuple[int, int]]
+    persistent: dict[str, int] = field(default_factory=dict)
+    segments: dict[str, Segment] = field(default_factory=dict)
 
 
 def rehearse(
@@ -228,15 +240,24 @@ def rehearse(
     track_persistent(tracker, owner)
     libraries = torch.empty(workspace, dtype=torch.uint8, device="meta")
     tracker.track([libraries], "workspace")
+    persistent = tracker.parts()
     with tracker, standing_for(attention):
         for _ in range(updates):
-            loss_and_norm = update(llama, owner, choice, seq_len)
-            owner.step()
+            with tracker.segment(GATHER):
+                loss_and_norm = update(llama, owner, choice, seq_len)
+            with tracker.segment(STEP):
+                owner.step()
             del loss_and_norm  # training reads them after the step
-        evaluate(llama, choice, seq_len)
+        with tracker.segment(EVALUATE):
+            evaluate(llama, choice, seq_len)
     del libraries
     return Rehearsal(
-        tracker.peak, _ordered(tracker.peak_parts), sentence(tracker.peak_phase), tracker.events
+        tracker.peak,
+        _ordered(tracker.peak_parts),
+        sentence(tracker.peak_phase),
+        tracker.events,
+        persistent,
+        tracker.segments,
     )
 
 
@@ -282,20 +303,48 @@ def standing_for(attention: str) -> AbstractContextManager[None]:
 def track_persistent(
     tracker: LiveBytes, optimizer: Optimizer, names: Iterable[str] | None = None
 ) -> None:
-    """Count weights and states, which live as long as the run, with the tables they look up.
+    """Count what lives as long as the run. names: of the weights; all of the optimizer's else."""
+    for part, tensor in persistent_tensors(optimizer, names):
+        tracker.track([tensor], part)
 
-    names: of the weights; all that the optimizer has by default.
-    """
-    for name in optimizer.slots if names is None else names:
+
+def persistent_tensors(
+    optimizer: Optimizer, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(part, tensor) of weights, states and the tables they need; a table may come repeatedly."""
+    chosen = list(optimizer.slots if names is None else names)
+    for name in chosen:
         slot = optimizer.slots[name]
-        tracker.track(stored(slot.weight), "weights")
+        yield from (("weights", tensor) for tensor in stored(slot.weight))
         for key, value in slot.state.items():
             if isinstance(value, Tensor):
-                tracker.track([value], "projections" if key.endswith("basis") else "states")
+                yield "projections" if key.endswith("basis") else "states", value
+    yield from tables(optimizer, chosen)
+
+
+def tables(
+    optimizer: Optimizer, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(part, tensor) of the constants that 8-bit states and drawn bases look up."""
+    for name in optimizer.slots if names is None else names:
+        device = str(optimizer.slots[name].weight.device)
+        for key in optimizer.slots[name].state:
             if key.endswith(".codes"):
-                tracker.track(lookup_tables(str(slot.weight.device)), "states")
+                yield from (("states", table) for table in lookup_tables(device))
             if key.endswith("basis"):
-                tracker.track([lookup_table(str(slot.weight.device))], "projections")
+                yield "projections", lookup_table(device)
+
+
+def bytes_by_part(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Bytes of real tensors by part, each storage once and rounded up as the allocator does."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for part, tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            found[part] = found.get(part, 0) + -(-storage.nbytes() // GRANULE) * GRANULE
+    return found
 
 
 def stored(weight: Weight) -> list[Tensor]:
@@ -321,8 +370,9 @@ def update(
 
 def evaluate(model: Llama, choice: Choice, seq_len: int) -> None:
     """An evaluation batch of the size of a micro-batch."""
-    inputs, targets = _batch(choice.micro_batch, seq_len)
-    model.loss_sum(inputs, targets)
+    with phase("evaluation"):
+        inputs, targets = _batch(choice.micro_batch, seq_len)
+        model.loss_sum(inputs, targets)
 
 
 def _batch(rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
@@ -335,8 +385,3 @@ def _batch(rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
 
 def _ordered(parts: Mapping[str, int]) -> dict[str, int]:
     return {name: parts[name] for name in PARTS if parts.get(name)}
-
-
-def sentence(phases: tuple[str, ...]) -> str:
-    """The moment as people say it: "backward of block 32, gradient of mlp.down"."""
-    return ", ".join(dict.fromkeys(phases)) or "before the first update"

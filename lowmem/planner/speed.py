@@ -23,6 +23,8 @@ UTILISATION = {"products": 0.5, "attention": 0.4}
 """Share of the peak rate. Presets: training end to end is published with 33 to 60 % on A100 and
 H100, 56 % by TinyLlama (arXiv:2401.02385); attention of short rows is slower."""
 HALF_FULL = 64  # tokens of a micro-batch at which its products reach half of that: a preset
+REACHED = {"products": 1.0, "attention": 0.8}
+"""The same of products that were timed on the card; attention is slower in the ratio above."""
 BANDWIDTH = 0.8  # share that a pass over large tensors reaches: a preset
 ERROR = 0.25  # of an estimate from presets
 # Operations/s of SVD, QR and Cholesky, which do not follow the peak of products: the matrices of 7B
@@ -80,8 +82,8 @@ class Op:
     tokens: float = 0.0  # of a product with activations, which few of them leave half idle
 
     def seconds(self, rates: Rates) -> float:
-        moving = self.bytes / (BANDWIDTH * 1e9 * rates.bandwidth)
-        share = UTILISATION.get(self.kind)
+        moving = self.bytes / ((1.0 if rates.measured else BANDWIDTH) * 1e9 * rates.bandwidth)
+        share = (REACHED if rates.measured else UTILISATION).get(self.kind)
         rate = SOLVER_RATE if share is None else share * 1e12 * rates.tflops
         filled = self.tokens / (self.tokens + HALF_FULL) if self.tokens else 1.0
         return self.times * max(self.operations / (rate * filled), moving)

@@ -13,6 +13,7 @@ from lowmem.data.shards import Corpus, TokenStream
 from lowmem.errors import CheckpointError, ConfigError, DataError, HardwareError
 from lowmem.model.huggingface import dtype_of, load_folder
 from lowmem.model.llama import Llama
+from lowmem.phases import phase
 from lowmem.train.checkpoint import ABOUT, model_folder
 from lowmem.train.events import perplexity
 
@@ -44,7 +45,8 @@ def evaluate(
     count = 0
     rows = rows or max(1, TOKENS_AT_ONCE // seq_len)
     for inputs, targets in validation_batches(stream, seq_len, rows, tokens):
-        total += model.loss_sum(inputs.to(device), targets.to(device))
+        with phase("evaluation"):
+            total += model.loss_sum(inputs.to(device), targets.to(device))
         count += int((targets >= 0).sum())
     loss = total.item() / count
     seconds = time.perf_counter() - began

@@ -2,11 +2,15 @@
 
 import math
 import signal
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from lowmem.errors import DivergedError, OutOfMemoryError, Stopped
+from lowmem.phases import phases_of, sentence
+
+_RESUME = "close what else uses the card and resume, or train with a smaller --micro-batch"
 
 
 class StopRequest:
@@ -75,18 +79,26 @@ def stopped_while_loading(run: str) -> Iterator[None]:
 
 
 @contextmanager
-def told_out_of_memory() -> Iterator[None]:
-    """Turn the device's out-of-memory error into ours, with what helps."""
+def told_out_of_memory(describe: Callable[[], tuple[str, str]] | None = None) -> Iterator[None]:
+    """Turn the device's out-of-memory error into ours: in which phase, why and what helps.
+
+    describe: (more lines of why, of what helps), asked when the failed call's tensors are gone.
+    """
     import torch  # signals are handled before it has been loaded
 
     try:
         yield
+        return
     except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            "the device ran out of memory although the plan fitted",
-            str(error).partition("\n")[0],
-            "close what else uses the card and resume, or train with a smaller --micro-batch",
-        ) from None
+        where = sentence(phases_of(error))
+        reason = str(error).partition("\n")[0]
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed call
+    more, helps = describe() if describe is not None else ("", "")
+    raise OutOfMemoryError(
+        f"the device ran out of memory although the plan fitted, {where}",
+        f"{reason}\n{more}" if more else reason,
+        f"{_RESUME}\n{helps}" if helps else _RESUME,
+    )
 
 
 def require_finite(update: int, loss: float, norm: float, mode: str) -> None:

@@ -38,14 +38,17 @@ from lowmem.train.events import (
 )
 from lowmem.train.guard import require_finite, stop_requests, told_out_of_memory
 from lowmem.train.measure import measured_peak, memory_bytes
+from lowmem.train.out_of_memory import out_of_memory_table
 from lowmem.train.run import Run
 from lowmem.train.schedule import learning_rate
+from lowmem.train.watch import Watch
 
 
 def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) -> Finished:
     """Train a new run, or continue one from its checkpoint, to its last update.
 
-    plan: its peak is compared with that of the first update. Raises Stopped (exit 75) after a
+    plan: its peak is compared with that of the first update; a run that goes on has it in its
+    folder. Raises Stopped (exit 75) after a
     signal, when everything is saved; DivergedError; DataError; CheckpointError.
     """
     config, began = run.config, time.perf_counter()
@@ -60,7 +63,10 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
     report(_started(run, batches, at))
     report(diagnose.assigned(optimizer, model.roles()))
 
-    with stop_requests() as stop, told_out_of_memory():
+    planned = plan or run.plan()
+    watch = Watch.over(planned, config.train.device)
+    explained = partial(out_of_memory_table, planned, model, optimizer)
+    with stop_requests() as stop, told_out_of_memory(explained):
         for update in range(at.update, updates):
             started = time.perf_counter()
             batch = batches.of(update)
@@ -71,7 +77,7 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
                 loss, norm = gather(
                     model,
                     optimizer,
-                    MadeAnew(partial(_on_device, micro_batches, model.head_weight.device)),
+                    MadeAnew(partial(on_device, micro_batches, model.head_weight.device)),
                     count=len(micro_batches),
                     tokens=batch.tokens,
                     lr=lr,
@@ -81,6 +87,8 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
                 optimizer.step()
             at = Position(update + 1, at.tokens + batch.tokens)
             report(_trained(update, loss, norm, optimizer, at, batch, started))
+            for grown in watch.after(update):
+                report(grown)
             evaluating = _due(config.evaluate.every, at.update, updates)
             if evaluating or at.update % diagnose.EVERY == 0:
                 figures = diagnose.diagnosed(update, optimizer)
@@ -206,7 +214,7 @@ def _started(run: Run, batches: Batches, at: Position) -> Started:
     return Started(at.update, updates, batches.of(0).tokens, str(run.folder), resumed)
 
 
-def _on_device(
+def on_device(
     micro_batches: list[tuple[Tensor, Tensor]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One micro-batch at a time; copied on the CPU too, so that it is counted like elsewhere."""

@@ -19,6 +19,7 @@ from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
 from lowmem.errors import CheckpointError, ConfigError
+from lowmem.planner.plan import Plan, recorded_plan
 from lowmem.train.events import Event, Metric, to_record
 
 METRICS, EVENTS, LATEST = "metrics.jsonl", "events.jsonl", "latest"
@@ -73,6 +74,14 @@ class Run:
                 "ls runs",
             )
         return Run(folder, load({}, [folder / "config.toml"], environ={}).config, start)
+
+    def plan(self) -> Plan | None:
+        """What was planned when the run began, None where nothing was or it cannot be read."""
+        try:
+            record = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+            return recorded_plan(record, self.config)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def latest(self) -> Path:
         """The checkpoint to read: `start`, or the newest complete one. CheckpointError if none."""

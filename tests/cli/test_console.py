@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lowmem.cli.console import Console
+from lowmem.planner.calibration import Row
 from lowmem.planner.plan import Rates, Speed
 from lowmem.train.events import Started, Trained
 from lowmem.units import GIB
@@ -34,7 +35,8 @@ def test_a_plan_shows_choice_parts_alternatives_and_notes(
     assert "in backward of block 7" in text
     weights = next(line for line in text.splitlines() if line.startswith("  weights"))
     assert weights.split() == ["weights", "13.0", "GiB", "72%", "#" * 22]
-    assert "workspace" not in text  # nothing is there
+    assert "presets: context, others, margin, workspace" in text
+    assert not any(line.startswith("  workspace") for line in text.splitlines())  # nothing is there
     rows = [
         line.split() for line in text.splitlines() if line.lstrip(" >")[:2] in ("1 ", "2 ", "3 ")
     ]
@@ -103,6 +105,36 @@ def test_no_penalty_is_printed_without_its_source(
     head = next(line for line in text.splitlines() if "method" in line).split()
     assert ("nats" in head) == (columns == 120)
     assert text.count("-0.049") == (3 if columns == 120 else 2)
+
+
+def test_a_plan_names_the_measurement_that_it_used_and_those_that_it_ignored() -> None:
+    plan = example_plan()
+    card = replace(
+        plan.card,
+        calibration="cards/a.json of 2026-11-21T13:00:00Z",
+        warnings=("cards/b.json was ignored",),
+    )
+    out = io.StringIO()
+    Console(out=out).plan(replace(plan, card=card), as_result=True)
+    text = out.getvalue()
+    assert "measured: cards/a.json of 2026-11-21T13:00:00Z" in text
+    assert "warning: cards/b.json was ignored" in text
+    assert "presets: others, margin\n" in text
+
+
+def test_a_verification_shows_what_is_wrong() -> None:
+    out = io.StringIO()
+    rows = [
+        Row("update", "reserved", 2 * 2**30, 2 * 2**30),
+        Row("save", "reserved", 2 * 2**30, 3 * 2**30),
+        Row("whole run", "device", 2 * 2**30, None),
+    ]
+    Console(out=out).verification(rows)
+    head, *lines = [line.split() for line in out.getvalue().splitlines()]
+    assert head == ["when", "what", "planned", "measured", "error"]
+    assert lines[0] == ["update", "reserved", "2.00", "GiB", "2.00", "GiB", "+0.00%"]
+    assert lines[1][-2:] == ["+50.00%", "wrong"]
+    assert lines[2][-2:] == ["not", "measured"]
 
 
 def test_no_row_of_the_table_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,21 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lowmem.errors import ConfigError, HardwareError
-from lowmem.planner.hardware import _available_memory, card_facts, find_card, rates_of_device
+from lowmem.planner.calibration import Calibration
+from lowmem.planner.hardware import (
+    SmiReading,
+    available_memory,
+    card_facts,
+    find_card,
+    processor,
+    rates_of_device,
+)
 from lowmem.units import GIB, MIB
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +152,10 @@ def cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((24217 - 1064) * MIB, 24217 * MIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 64 * MIB)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="4b1f"))
+    driver = [SmiReading("77aa", "1", 0), SmiReading("4b1f", "581.57", 0)]
+    monkeypatch.setattr(SmiReading, "all", lambda: driver)
 
 
 @pytest.mark.usefixtures("cuda_device")
@@ -151,6 +164,30 @@ def test_auto_measures_the_device_at_hand() -> None:
     assert (card.name, card.source, card.kind) == ("NVIDIA GeForce RTX 4090", "measured", "cuda")
     assert card.total == 24217 * MIB
     assert card.context + card.others == 1000 * MIB
+
+
+@pytest.mark.usefixtures("cuda_device")
+@pytest.mark.parametrize(("driver", "used"), [("581.57", True), ("582.00", False)])
+def test_auto_takes_the_constants_measured_on_this_card_with_this_driver(
+    driver: str, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWMEM_HOME", str(tmp_path))
+    kept = Calibration(
+        date="2026-11-21T13:00:00Z",
+        lowmem="0.1.0",
+        torch=torch.__version__,
+        driver=driver,
+        name="NVIDIA GeForce RTX 4090",
+        uuid="4b1f",
+        total=24217 * MIB,
+        context=400 * MIB,
+        workspace=17 * MIB,
+    )
+    kept.write()
+    card = find_card("auto", "auto")
+    assert (card.context, card.others) == ((400 * MIB, 600 * MIB) if used else (500 * MIB,) * 2)
+    assert (card.calibration is not None) is used
+    assert card.presets == (["margin"] if used else ["context", "margin", "workspace"])
 
 
 @pytest.mark.usefixtures("cuda_device")
@@ -177,8 +214,14 @@ def test_planning_for_a_named_card_imports_no_torch() -> None:
 def test_host_memory_is_what_the_kernel_calls_available(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 32000 kB\nMemFree:  100 kB\nMemAvailable:   20000 kB\n")
-    assert _available_memory(meminfo) == 20000 * 1024
-    assert _available_memory(tmp_path / "none") > GIB // 4
+    assert available_memory(meminfo) == 20000 * 1024
+    assert available_memory(tmp_path / "none") > GIB // 4
+
+
+def test_a_processor_has_the_name_that_it_gives_itself(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("vendor_id\t: x\nmodel name\t: Imagined 9 @ 3 GHz\n")
+    assert processor(tmp_path / "cpuinfo").startswith("Imagined 9 @ 3 GHz, ")
+    assert processor(tmp_path / "none").endswith(" cores")
 
 
 def test_every_card_of_the_table_is_found_and_plausible() -> None:

@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 
 from lowmem.config.schema import Config
-from lowmem.planner.plan import Candidate, Card, Choice, Fix, Memory, Plan, Rates, Speed
+from lowmem.planner.plan import (
+    Candidate,
+    Card,
+    Choice,
+    Fix,
+    Memory,
+    Plan,
+    Rates,
+    Speed,
+    recorded_plan,
+)
 from lowmem.planner.quality import Penalty
 
 RATES = Rates("rtx4090", 165.2, 1008)
@@ -97,11 +107,37 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
             "margin": 200,
             "source": "preset",
             "kind": "cuda",
-            "rates": {"card": "rtx4090", "tflops": 165.2, "bandwidth": 1008},
+            "rates": {
+                "card": "rtx4090",
+                "tflops": 165.2,
+                "bandwidth": 1008,
+                "measured": False,
+            },
+            "workspace": 2 * 32 * 2**20,
+            "calibration": None,
+            "warnings": [],
         },
         "notes": ["lr 0.01: arXiv:2403.03507"],
     }
     assert Config.model_validate(config) == PLAN.config
+
+
+def test_a_recorded_plan_is_the_plan_without_its_alternatives() -> None:
+    record = json.loads(json.dumps(PLAN.to_json()))
+    read = recorded_plan(record, PLAN.config)
+    assert (read.choice, read.memory) == (PLAN.choice, PLAN.memory)
+    assert replace(read.card, warnings=()) == PLAN.card
+    assert (read.fits, read.device_bytes) == (PLAN.fits, PLAN.device_bytes)
+    del record["card"]["context"]
+    with pytest.raises(TypeError):
+        recorded_plan(record, PLAN.config)
+
+
+def test_a_plan_tells_presets_from_measurements() -> None:
+    assert PLAN.card.presets == ["context", "others", "margin", "workspace"]
+    measured = replace(PLAN.card, source="measured", calibration="cards/a.json")
+    assert measured.presets == ["margin"]
+    assert replace(measured, kind="cpu").presets == ["margin"]
 
 
 @pytest.mark.parametrize(

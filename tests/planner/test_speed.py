@@ -33,6 +33,7 @@ from lowmem.planner.search import make_plan
 from lowmem.planner.speed import (
     PASSES,
     WORK,
+    Op,
     Timed,
     estimate,
     matrices,
@@ -489,3 +490,14 @@ def test_the_same_update_takes_as_long_on_a_class_as_on_the_card_it_is_like() ->
 def test_estimating_needs_no_torch() -> None:
     code = "import sys, lowmem.planner.speed; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rates_that_were_measured_are_not_discounted_again() -> None:
+    """What products and copies reached on the card is what an update reaches."""
+    peak, reached = Rates("a", 100.0, 1000.0), Rates("a", 100.0, 1000.0, measured=True)
+    product = Op("products", "products", operations=1e12)
+    copy = Op("traffic", "traffic", bytes=1e9)
+    assert product.seconds(reached) == pytest.approx(0.01)
+    assert product.seconds(peak) == pytest.approx(0.02)
+    assert copy.seconds(reached) == pytest.approx(0.001)
+    assert copy.seconds(peak) == pytest.approx(0.00125)
