@@ -30,10 +30,7 @@ from lowmem.config.schema import ModelConfig, OptimizerConfig  # noqa: E402
 from lowmem.kernels.attention import choose_backend  # noqa: E402
 from lowmem.kernels.blockwise import lookup_tables  # noqa: E402
 from lowmem.kernels.random_normal import lookup_table  # noqa: E402
-from lowmem.model.llama import (
-    Llama,
-    compute_dtype,
-)
+from lowmem.model.llama import Llama, compute_dtype  # noqa: E402
 from lowmem.optim.assign import build_optimizer  # noqa: E402
 from lowmem.optim.blocks import hold_worst_window  # noqa: E402
 from lowmem.optim.methods import method_spec  # noqa: E402
@@ -134,12 +131,16 @@ def measured(case: Case, device: str) -> tuple[int | None, int | None, int | Non
 def _run(case: Case, device: str) -> Any:
     choice = case.choice
     model = Llama(
-        case.model, dtype=DTYPES[choice.weights], device=device, recompute=choice.recompute
+        case.model,
+        dtype=compute_dtype(choice.weights, device),
+        device=device,
+        int8=choice.weights == "int8",
+        recompute=choice.recompute,
+        keep_logits=choice.logits == "keep",
     )
-    weights = dict(model.named_parameters())
     optimizer = build_optimizer(
         case.optimizer,
-        weights,
+        model.weights(),
         model.roles(),
         mode=choice.update,
         seed=0,
