@@ -11,6 +11,7 @@ import typer
 from lowmem.cli.commands import app
 from lowmem.cli.errors import tell, tell_bug
 from lowmem.errors import ConfigError, LowMemError, nearest
+from lowmem.train.guard import stopped_before_it_began
 
 # BadParameter -> UsageError -> ClickException: typer exports only the first, and has moved the
 # others between releases.
@@ -29,7 +30,8 @@ def run(arguments: Sequence[str]) -> int:
         arguments
     )
     try:
-        code = app(list(arguments), prog_name="lowmem", standalone_mode=False)
+        with stopped_before_it_began():
+            code = app(list(arguments), prog_name="lowmem", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except _UsageMistake as mistake:

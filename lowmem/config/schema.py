@@ -52,6 +52,9 @@ Recompute = Annotated[str, AfterValidator(checked)]
 Rank = PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)]
 """A number of dimensions, or a fraction of a matrix's shorter side."""
 
+CALM = 32
+"""Good updates after which an incident is over: no setting, for it only bounds the bookkeeping."""
+
 T = TypeVar("T")
 
 
@@ -291,6 +294,48 @@ class CheckpointConfig(Section):
         default="auto", description="updates between saves, 0 = end only"
     )
     keep: PositiveInt = Field(default=2, description="newest checkpoints to keep")
+    keep_best: bool = Field(
+        default=False,
+        description="save when validation is better than ever, and keep the best",
+    )
+    keep_every: NonNegativeInt = Field(
+        default=0, description="checkpoints of every so many updates stay for good, 0 = none"
+    )
+    behind: bool = Field(
+        default=True,
+        description="copy to host memory and write while training goes on; false: wait",
+    )
+
+
+class GuardConfig(Section):
+    """What happens to a loss or gradient that is not finite, and to spikes."""
+
+    loss_z: PositiveFloat | Literal["off"] = Field(
+        default=10.0,
+        description="a loss so many robust deviations above the median of the window is a spike",
+    )
+    norm_z: PositiveFloat | Literal["off"] = Field(
+        default=100.0, description="the same for the gradient norm"
+    )
+    window: Annotated[int, Field(ge=8)] = Field(
+        default=128, description="good updates that are compared with; half of them are needed"
+    )
+    skips: NonNegativeInt = Field(
+        default=3, description="bad updates of one incident that are skipped before a rollback"
+    )
+    rollbacks: NonNegativeInt = Field(
+        default=3, description="rollbacks of one incident before the run ends with exit 6"
+    )
+    back: PositiveInt = Field(
+        default=16,
+        description="a rollback also steps past so many updates before the first bad one, "
+        "the second past twice as many",
+    )
+
+    @property
+    def reach(self) -> int:
+        """How many updates before the newest a rollback may have to begin; 0: there are none."""
+        return self.back * self.rollbacks + CALM * (self.skips + 1) if self.rollbacks else 0
 
 
 class RunConfig(Section):
@@ -322,4 +367,5 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     run: RunConfig = Field(default_factory=RunConfig)

@@ -43,6 +43,7 @@ class TokenStream:
         self.tokens: int = split["tokens"]
         self.documents: int = split["documents"]
         self._counts_file = folder / split["counts"]
+        self._files = [s["file"] for s in split["shards"]]
         self._maps = [np.memmap(folder / s["file"], dtype, "r") for s in split["shards"]]
         self._starts = np.cumsum([0] + [s["tokens"] for s in split["shards"]])
 
@@ -60,6 +61,11 @@ class TokenStream:
             done += len(part)
             shard += 1
         return out
+
+    def place(self, token: int) -> tuple[str, int]:
+        """(file, number of the token in it) of a token of the stream."""
+        shard = int(np.searchsorted(self._starts, token, side="right")) - 1
+        return self._files[shard], token - int(self._starts[shard])
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -94,7 +100,11 @@ class Corpus:
         return int(self.manifest["tokenizer"]["vocab_size"])
 
     def tokenizer(self) -> Tokenizer:
-        """The copy that the corpus keeps."""
+        """The copy that the corpus keeps; read once, for every save asks for it."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(str(self.folder))
 
 

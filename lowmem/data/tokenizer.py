@@ -54,13 +54,20 @@ class Tokenizer:
         return self._tokenizer.decode(ids)
 
     def save(self, folder: Path) -> None:
-        """Write the two files that `transformers.AutoTokenizer.from_pretrained` needs."""
+        """Write the files of `files` into a folder, which is made where it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
+
+    def files(self) -> dict[str, bytes]:
+        """The two files that `transformers.AutoTokenizer.from_pretrained` needs, by name."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token}
         config |= self._config
-        # Bytes, not text: the fingerprint of the copy must be this one.
-        (folder / "tokenizer.json").write_bytes(self._text.encode())
-        (folder / "tokenizer_config.json").write_bytes((json.dumps(config, indent=2)).encode())
+        return {
+            # Bytes, not text: the fingerprint of the copy must be this one.
+            "tokenizer.json": self._text.encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        }
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

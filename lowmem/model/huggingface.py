@@ -29,11 +29,12 @@ from lowmem.errors import CheckpointError
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.model.int8 import GROUP
 from lowmem.model.llama import Llama
-from lowmem.tensorfile import Pending, read_tensor, read_tensors, write_tensors
+from lowmem.tensorfile import Pending, read_tensor, read_tensors, stays_inside, write_tensors
 
 WEIGHTS = "model.safetensors"
 CODES = "lowmem-int8.safetensors"  # weights of a model in codes
 INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}  # transformers refuses files without it
 
 
 class SavedTokenizer(Protocol):
@@ -42,26 +43,49 @@ class SavedTokenizer(Protocol):
     @property
     def end_id(self) -> int: ...
 
-    def save(self, folder: Path) -> None: ...
+    def files(self) -> dict[str, bytes]: ...
 
 
 def save_folder(model: Llama, folder: Path, tokenizer: SavedTokenizer | None = None) -> None:
     """Write config.json, generation_config.json and the weights, and the tokenizer's files.
 
-    The folder is made where it is missing. The end-of-document token becomes eos_token_id, so that
-    generation stops at it.
+    The folder is made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name, content in folder_files(model, tokenizer).items():
+        (folder / name).write_bytes(content)
+    name, metadata = weights_file(model)
+    write_tensors(folder / name, folder_weights(model), metadata)
+
+
+def folder_files(model: Llama, tokenizer: SavedTokenizer | None = None) -> dict[str, bytes]:
+    """Everything of a folder but the weights, by name.
+
+    The end-of-document token becomes eos_token_id, so that generation stops at it.
+    """
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
     config = model.config
     if tokenizer is not None:
         config = config.model_copy(update={"eos_token_id": tokenizer.end_id})
-    _write_json(folder / "config.json", huggingface_config(config, dtype))
-    _write_json(folder / "generation_config.json", huggingface_generation_config(config))
-    about = {"format": "lowmem-int8", "group": str(GROUP)} if model.int8 else {"format": "pt"}
-    write_tensors(folder / (CODES if model.int8 else WEIGHTS), model.state_dict().items(), about)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    files = {
+        "config.json": _json(huggingface_config(config, dtype)),
+        "generation_config.json": _json(huggingface_generation_config(config)),
+    }
+    return files | tokenizer.files() if tokenizer is not None else files
+
+
+def weights_file(model: Llama) -> tuple[str, dict[str, str]]:
+    """Name and metadata of the file that holds the weights."""
+    return (
+        (CODES, {"format": "lowmem-int8", "group": str(GROUP)})
+        if model.int8
+        else (WEIGHTS, METADATA)
+    )
+
+
+def folder_weights(model: Llama) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of what the file of the weights holds: codes where there are codes."""
+    return list(model.state_dict().items())
 
 
 def load_folder(
@@ -188,6 +212,8 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     else:
         files = [WEIGHTS]
     for file in files:
+        if not stays_inside(file):
+            raise _mismatch(folder, f"{INDEX} names {file!r}, a path that leaves the folder")
         if not (folder / file).exists():
             raise CheckpointError(
                 f"{folder / file} is missing",
@@ -218,5 +244,5 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def _json(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
