@@ -10,6 +10,8 @@ from lowmem.cli.settings import no_cuda
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.train.checkpoint import model_folder
 
+_COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, logits over temperature leave float32's range
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -26,11 +28,28 @@ def sample(
 ) -> None:
     """Print the prompt and what follows it."""
     console = Console(quiet=given.quiet)
+    _require(prompt, choice)
     text = _generate(model_folder(path), prompt, choice, _device(device))
     if as_json:
         console.json({"schema_version": 1, "prompt": prompt, "text": text, "seed": choice.seed})
     else:
         console.result(text)
+
+
+def _require(prompt: str, choice: Choice) -> None:
+    """ConfigError for what would only fail once the model is there."""
+    if not 0 <= choice.seed < 2**63:
+        raise ConfigError(
+            f"--seed {choice.seed} is too large", "allowed: 0 to 2^63 - 1", "--seed 0"
+        )
+    if not (choice.temperature == 0 or _COLDEST <= choice.temperature <= _HOTTEST):
+        raise ConfigError(
+            f"--temperature {choice.temperature} draws no token",
+            f"allowed: 0, or {_COLDEST} to {_HOTTEST:g}",
+            "--temperature 0 takes the likeliest token",
+        )
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ConfigError(f"--prompt {prompt}", "it holds bytes that are no UTF-8", "--prompt TEXT")
 
 
 def _device(name: str) -> str:
@@ -52,7 +71,7 @@ def _generate(folder: Path, prompt: str, choice: Choice, device: str) -> str:
 
     disable_progress_bar()
     tokenizer = _read(AutoTokenizer, folder)
-    model = _read(AutoModelForCausalLM, folder).to(device).eval()
+    model = _read(AutoModelForCausalLM, folder, use_safetensors=True).to(device).eval()
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     given = torch.tensor([ids], device=device)
     torch.manual_seed(choice.seed)
@@ -70,13 +89,16 @@ def _generate(folder: Path, prompt: str, choice: Choice, device: str) -> str:
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
-def _read(loader: Any, folder: Path) -> Any:
-    """transformers' model or tokenizer; what it cannot read is an error about the checkpoint."""
+def _read(loader: Any, folder: Path, **how: Any) -> Any:
+    """transformers' model or tokenizer; what it cannot read is an error about the checkpoint.
+
+    No code of the folder runs: neither Python files of its own nor pickles.
+    """
     try:
-        return loader.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **how)
+    except Exception as error:  # whatever a damaged file makes it raise
         raise CheckpointError(
             f"{folder} cannot be read by transformers",
-            f"{error}".partition("\n")[0],
+            f"{type(error).__name__}: {error}".partition("\n")[0],
             "lowmem eval shows whether the checkpoint is complete",
         ) from error

@@ -5,6 +5,7 @@ save_folder(model, Path("export"), tokenizer=None)     # AutoModelForCausalLM re
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from lowmem.model.llama import Llama
 from lowmem.tensorfile import read_tensors, write_tensors
 
 WEIGHTS = "model.safetensors"
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors")
 INDEX = "model.safetensors.index.json"
 
 
@@ -69,6 +71,7 @@ def load_folder(
     """
     data = _read_json(folder / "config.json")
     config = model_config_from_huggingface(data)
+    _require_size(folder, config)
     model = Llama(config, dtype=dtype, device=device, recompute=recompute, attention=attention)
     load_weights(model, folder)
     return model
@@ -96,6 +99,17 @@ def load_weights(model: Llama, folder: Path) -> None:
         raise _mismatch(folder, f"no tensor for {', '.join(sorted(missing)[:5])}")
 
 
+def _require_size(folder: Path, config: ModelConfig) -> None:
+    """CheckpointError for a config.json of a model that its files cannot hold.
+
+    Found before the model is made: a damaged number must not take all the memory there is.
+    """
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if 0 < held < config.parameters:  # a weight takes a byte at least
+        needed = f"{config.parameters:,} weights, the files have {held:,} bytes"
+        raise _mismatch(folder, f"config.json describes {needed}")
+
+
 def _may_be_skipped(name: str, config: ModelConfig) -> bool:
     """A second copy of a tied head, and rotary tables that old versions of transformers stored."""
     tied = config.tie_word_embeddings and name == "lm_head.weight"
@@ -105,7 +119,7 @@ def _may_be_skipped(name: str, config: ModelConfig) -> bool:
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of the folder's safetensors, one at a time."""
     if (folder / INDEX).exists():
-        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        files = _indexed(folder / INDEX)
     else:
         files = [WEIGHTS]
     for file in files:
@@ -118,6 +132,19 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield from read_tensors(folder / file)
 
 
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names, each in its own folder; CheckpointError for anything else."""
+    table = _read_json(index).get("weight_map")
+    names = list(table.values()) if isinstance(table, dict) else []
+    if not names or not all(isinstance(name, str) and _FILE.fullmatch(name) for name in names):
+        raise CheckpointError(
+            f"{index} has no weight_map of tensors to .safetensors files beside it",
+            "weights are read from the model's own folder only",
+            "copy the whole folder again",
+        )
+    return sorted(set(names))
+
+
 def _mismatch(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{what} in {folder}",
@@ -128,15 +155,20 @@ def _mismatch(folder: Path, what: str) -> CheckpointError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing", "a Hugging Face folder holds it", "give the model's folder"
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no JSON: {error}", "the file is damaged", "copy the folder again"
         ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} is no JSON object", "the file is damaged", "copy the folder again"
+        )
+    return content
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ runs/NAME/  config.toml  plan.json  env.json  metrics.jsonl  events.jsonl  check
 import json
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,11 +19,12 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
-from lowmem.errors import CheckpointError, ConfigError
+from lowmem.errors import CheckpointError, ConfigError, short
 from lowmem.train.events import Event, Metric, to_record
 
 METRICS, EVENTS, LATEST = "metrics.jsonl", "events.jsonl", "latest"
 RESERVED = ("sample", "c4", "auto")  # words of --data and --tokenizer that are no paths
+_STEP = re.compile("step-[0-9]{1,20}")
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 
 
@@ -66,9 +68,10 @@ class Run:
         folder, start, whole = path, None, path.resolve()
         if whole.parent.name == "checkpoints":
             folder, start = whole.parent.parent, whole
-        if not (folder / "config.toml").is_file():
+        if not os.path.isfile(folder / "config.toml"):  # pathlib raises where a name is too long
             raise CheckpointError(
-                f"{path} is no run" if path.exists() else f"{path} does not exist",
+                f"{short(str(path))} "
+                + ("is no run" if os.path.exists(path) else "does not exist"),
                 "expected a folder with config.toml, as `lowmem train` makes it",
                 "ls runs",
             )
@@ -102,9 +105,9 @@ class Run:
         """What `latest` names; without it (a crash during the first save) any that is complete."""
         pointer, folder = self.folder / LATEST, self.folder / "checkpoints"
         if pointer.is_file():
-            named = folder / pointer.read_text(encoding="utf-8").strip()
-            if named != folder and named.is_dir():
-                return named
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+            if _STEP.fullmatch(name) and (folder / name).is_dir():  # never outside of the folder
+                return folder / name
         complete = [path for path in folder.glob("step-*") if (path / "manifest.json").is_file()]
         return max(complete, key=lambda path: (len(path.name), path.name), default=None)
 
