@@ -10,6 +10,7 @@ write_floats(Path("checkpoint"), Path("export"))       # from codes what AutoMod
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -29,10 +30,11 @@ from lowmem.errors import CheckpointError
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.model.int8 import GROUP
 from lowmem.model.llama import Llama
-from lowmem.tensorfile import Pending, read_tensor, read_tensors, stays_inside, write_tensors
+from lowmem.tensorfile import Pending, read_tensor, read_tensors, write_tensors
 
 WEIGHTS = "model.safetensors"
 CODES = "lowmem-int8.safetensors"  # weights of a model in codes
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors")
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}  # transformers refuses files without it
 
@@ -102,8 +104,10 @@ def load_folder(
     host memory. CheckpointError: a file, tensor or shape that does not match, by name; ConfigError:
     a config.json of another model.
     """
+    config = model_config_from_huggingface(_read_json(folder / "config.json"))
+    _require_size(folder, config)
     model = Llama(
-        model_config_from_huggingface(_read_json(folder / "config.json")),
+        config,
         dtype=dtype,
         device=device,
         int8=in_codes(folder),
@@ -197,6 +201,17 @@ def load_weights(model: Llama, folder: Path) -> None:
         raise _mismatch(folder, f"no tensor for {', '.join(sorted(missing)[:5])}")
 
 
+def _require_size(folder: Path, config: ModelConfig) -> None:
+    """CheckpointError for a config.json of a model that its files cannot hold.
+
+    Found before the model is made: a damaged number must not take all the memory there is.
+    """
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if 0 < held < config.parameters:  # a weight takes a byte at least
+        needed = f"{config.parameters:,} weights, the files have {held:,} bytes"
+        raise _mismatch(folder, f"config.json describes {needed}")
+
+
 def _may_be_skipped(name: str, config: ModelConfig) -> bool:
     """A second copy of a tied head, and rotary tables that old versions of transformers stored."""
     tied = config.tie_word_embeddings and name == "lm_head.weight"
@@ -208,12 +223,10 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if in_codes(folder):
         files = [CODES]
     elif (folder / INDEX).exists():
-        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        files = _indexed(folder / INDEX)
     else:
         files = [WEIGHTS]
     for file in files:
-        if not stays_inside(file):
-            raise _mismatch(folder, f"{INDEX} names {file!r}, a path that leaves the folder")
         if not (folder / file).exists():
             raise CheckpointError(
                 f"{folder / file} is missing",
@@ -221,6 +234,19 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 "copy the whole folder; convert pytorch_model.bin with save_pretrained",
             )
         yield from read_tensors(folder / file)
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names, each in its own folder; CheckpointError for anything else."""
+    table = _read_json(index).get("weight_map")
+    names = list(table.values()) if isinstance(table, dict) else []
+    if not names or not all(isinstance(name, str) and _FILE.fullmatch(name) for name in names):
+        raise CheckpointError(
+            f"{index} has no weight_map of tensors to .safetensors files beside it",
+            "weights are read from the model's own folder only",
+            "copy the whole folder again",
+        )
+    return sorted(set(names))
 
 
 def _mismatch(folder: Path, what: str) -> CheckpointError:
@@ -233,15 +259,20 @@ def _mismatch(folder: Path, what: str) -> CheckpointError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing", "a Hugging Face folder holds it", "give the model's folder"
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no JSON: {error}", "the file is damaged", "copy the folder again"
         ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} is no JSON object", "the file is damaged", "copy the folder again"
+        )
+    return content
 
 
 def _json(data: dict[str, Any]) -> bytes:

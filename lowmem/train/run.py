@@ -19,7 +19,7 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
-from lowmem.errors import CheckpointError, ConfigError
+from lowmem.errors import CheckpointError, ConfigError, short
 from lowmem.planner.plan import Plan, recorded_plan
 from lowmem.train.events import Event, Metric, to_record
 from lowmem.train.lock import held
@@ -72,9 +72,10 @@ class Run:
         folder, start, whole = path, None, path.resolve()
         if whole.parent.name == "checkpoints":
             folder, start = whole.parent.parent, whole
-        if not (folder / "config.toml").is_file():
+        if not os.path.isfile(folder / "config.toml"):  # pathlib raises where a name is too long
             raise CheckpointError(
-                f"{path} is no run" if path.exists() else f"{path} does not exist",
+                f"{short(str(path))} "
+                + ("is no run" if os.path.exists(path) else "does not exist"),
                 "expected a folder with config.toml, as `lowmem train` makes it",
                 "ls runs",
             )
@@ -129,7 +130,9 @@ class Run:
     def _newest(self) -> Path | None:
         """What `latest` names; without it (a crash during the first save) any that is complete."""
         pointer = self.folder / LATEST
-        name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        name = ""
+        if pointer.is_file():
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if _STEP.fullmatch(name):
             for named in (self.checkpoints / name, self.checkpoints / f"{REPLACED}{name}"):
                 if named.is_dir():
