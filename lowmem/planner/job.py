@@ -64,7 +64,8 @@ class Job:
     attention: str
     _models: dict[Any, ModelBytes] = field(default_factory=dict)
     _optimizers: dict[Any, OptimizerBytes] = field(default_factory=dict)
-    _whole: dict[str, Rehearsal] = field(default_factory=dict)
+    _memories: dict[str, Memory] = field(default_factory=dict)
+    _missed: dict[UpdateMode, int] = field(default_factory=dict)
     _persistent: dict[str, int] = field(default_factory=dict)
     _llamas: dict[tuple[WeightFormat, int], Llama] = field(default_factory=dict)
 
@@ -135,7 +136,7 @@ class Job:
 
     def peak(self, choice: Choice) -> int:
         """Bytes that the allocator will have reserved at the peak, the last of them guessed."""
-        return self._reserved(self.tensors(choice))
+        return self._reserved(self.tensors(choice)) + self._missed.get(choice.update, 0)
 
     def tensors(self, choice: Choice) -> int:
         """Bytes of live tensors at the peak: exact but for estimates of the curvature, which are
@@ -156,25 +157,33 @@ class Job:
 
     def memory(self, choice: Choice) -> Memory:
         """The whole model rehearsed, its allocations replayed."""
-        full = self._rehearsed(choice)
+        key = repr(choice)
+        if key not in self._memories:
+            self._memories[key] = self._replayed(choice)
+        return self._memories[key]
+
+    def learn(self, choice: Choice) -> None:
+        """Guess what the allocator takes in that update mode by what it takes for this choice."""
+        missed = self.memory(choice).reserved - self.peak(choice)
+        self._missed[choice.update] = self._missed.get(choice.update, 0) + max(0, missed)
+
+    def _replayed(self, choice: Choice) -> Memory:
+        full = self._rehearsal(choice)
         if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
             return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
         peaks = replay(full.events, expandable=expandable_segments())
         return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
 
-    def _rehearsed(self, choice: Choice) -> Rehearsal:
-        key = repr(choice)
-        if key not in self._whole:
-            self._whole[key] = rehearse(
-                self.model,
-                self.optimizer(kind_of(choice)),
-                choice,
-                self.seq_len,
-                attention=self.attention,
-                workspace=self.workspace,
-                updates=1 if expandable_segments() else 2,
-            )
-        return self._whole[key]
+    def _rehearsal(self, choice: Choice) -> Rehearsal:
+        return rehearse(
+            self.model,
+            self.optimizer(kind_of(choice)),
+            choice,
+            self.seq_len,
+            attention=self.attention,
+            workspace=self.workspace,
+            updates=1 if expandable_segments() else 2,
+        )
 
     def _named(self, choice: Choice) -> set[Level]:
         return set(levels_of(choice.recompute, self.model.num_hidden_layers))
