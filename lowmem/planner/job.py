@@ -13,7 +13,7 @@ import torch
 
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
-from lowmem.config.recompute import Level, levels_of
+from lowmem.config.recompute import levels_of
 from lowmem.config.schema import (
     Config,
     Logits,
@@ -141,10 +141,8 @@ class Job:
     def tensors(self, choice: Choice) -> int:
         """Bytes of live tensors at the peak: exact but for estimates of the curvature, which are
         passes of their own."""
-        blocks = self.model.num_hidden_layers
-        levels = {level: self._model_bytes(choice, level) for level in self._named(choice)}
-        added = self._optimizer_bytes(choice)
-        return compose(levels, added, choice.recompute, blocks) + self.workspace
+        parts = self._model_bytes(choice), self._optimizer_bytes(choice)
+        return compose(*parts, choice.recompute, self.model.num_hidden_layers) + self.workspace
 
     def seconds(self, choice: Choice) -> float:
         """Of an update, for comparisons: by the card's rates, or by those of a common one."""
@@ -185,20 +183,17 @@ class Job:
             updates=1 if expandable_segments() else 2,
         )
 
-    def _named(self, choice: Choice) -> set[Level]:
-        return set(levels_of(choice.recompute, self.model.num_hidden_layers))
-
-    def _model_bytes(self, choice: Choice, level: Level) -> ModelBytes:
-        key = (choice.weights, level, choice.logits, choice.micro_batch, choice.accumulate > 1)
+    def _model_bytes(self, choice: Choice) -> ModelBytes:
+        key = (choice.weights, choice.logits, choice.micro_batch, choice.accumulate > 1)
         if key not in self._models:
-            self._models[key] = model_bytes(self.model, choice, level, self.seq_len, self.attention)
+            self._models[key] = model_bytes(self.model, choice, self.seq_len, self.attention)
         return self._models[key]
 
     def _optimizer_bytes(self, choice: Choice) -> OptimizerBytes:
         kind, clipped = kind_of(choice), choice.clip is not None
         key = (repr(kind), choice.update, choice.accumulate > 1, clipped)
         if key not in self._optimizers:
-            pieces = self._model_bytes(choice, next(iter(self._named(choice)))).pieces
+            pieces = self._model_bytes(choice).pieces
             self._optimizers[key] = optimizer_bytes(
                 self._owner(kind, choice.update),
                 choice,
