@@ -157,10 +157,11 @@ class Job:
     def memory(self, choice: Choice) -> Memory:
         """The whole model rehearsed, its allocations replayed."""
         full = self._rehearsed(choice)
+        told = full.parts, full.instant, full.phases
         if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
-            return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
+            return Memory(full.tensors, full.tensors, full.tensors, *told)
         peaks = replay(full.events, expandable=expandable_segments())
-        return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
+        return Memory(full.tensors, peaks.allocated, peaks.reserved, *told)
 
     def _rehearsed(self, choice: Choice) -> Rehearsal:
         key = repr(choice)
