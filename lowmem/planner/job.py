@@ -167,10 +167,11 @@ class Job:
 
     def _replayed(self, choice: Choice) -> Memory:
         full = self._rehearsal(choice)
+        told = full.parts, full.instant, full.phases
         if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
-            return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
+            return Memory(full.tensors, full.tensors, full.tensors, *told)
         peaks = replay(full.events, expandable=expandable_segments())
-        return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
+        return Memory(full.tensors, peaks.allocated, peaks.reserved, *told)
 
     def _rehearsal(self, choice: Choice) -> Rehearsal:
         return rehearse(
