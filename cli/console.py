@@ -22,7 +22,7 @@ from rich.table import Table
 
 from lowmem.cli.lines import EventLines
 from lowmem.planner.calibration import Row
-from lowmem.planner.plan import Candidate, Plan
+from lowmem.planner.plan import Candidate, Plan, Rank
 from lowmem.planner.speed import why_no_estimate
 from lowmem.train.events import Event, Report, Started, Trained
 from lowmem.units import format_bytes, format_count, format_span
@@ -58,16 +58,16 @@ class Console:
         """The answer for programs."""
         self._out.file.write(json.dumps(value, indent=2) + "\n")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Aligned columns on stdout; those named ">x" to the right."""
-        self._out.print(_table(columns, rows))
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, gap: int = 2) -> None:
+        """Aligned columns on stdout, `gap` blanks apart; those named ">x" to the right."""
+        self._out.print(_table(columns, rows, gap))
 
     def plan(self, plan: Plan, *, as_result: bool) -> None:
         """The choice, where its memory goes, the alternatives and what nobody gave."""
         target = self._out if as_result else self._err
         if self.quiet and not as_result:
             return
-        for line in _card_lines(plan):
+        for line in [*plan.departures, *_card_lines(plan)]:
             target.print(line, soft_wrap=True)
         target.print()
         wide = target.width >= 120
@@ -79,8 +79,14 @@ class Console:
             f"Where the {format_bytes(plan.memory.tensors)} of tensors go, {plan.memory.instant}"
         )
         target.print(_parts_table(plan))
-        target.print("\nNot given, so chosen" if plan.notes else "")
-        for note in plan.notes:
+        if self.verbose and plan.memory.phases:
+            target.print("\nPeak by phase")
+            target.print(_phases_table(plan))
+        for sentence in plan.advice:
+            target.print(f"\nAdvice  {sentence}", soft_wrap=True)
+        notes = [note for note in plan.notes if note not in plan.departures]
+        target.print("\nNot given, so chosen" if notes else "")
+        for note in notes:
             target.print(f"  {note}")
 
     def verification(self, rows: Sequence[Row]) -> None:
@@ -225,7 +231,7 @@ def _candidate_table(plan: Plan, *, wide: bool) -> Table:
     rows = []
     for number, candidate in enumerate(plan.candidates, start=1):
         choice = candidate.choice
-        rank = "-" if choice.rank is None else _rank(choice.rank)
+        rank = rank_in_words(choice.rank)
         micro = f"{choice.micro_batch}x{choice.accumulate}"
         peak = (">" if candidate.bound else "") + format_bytes(candidate.peak_bytes)
         row = [_mark(plan, candidate, number), choice.method, rank, choice.states, choice.weights]
@@ -240,10 +246,11 @@ def _mark(plan: Plan, candidate: Candidate, number: int) -> str:
     return f">{number}" if candidate.choice == plan.choice else f" {number}"
 
 
-def _rank(rank: Any) -> str:
+def rank_in_words(rank: Rank) -> str:
+    """A rank in a column of a table."""
     if isinstance(rank, dict):
         return "/".join(str(value) for value in rank.values())
-    return str(rank)
+    return "-" if rank is None else str(rank)
 
 
 def _reasons(plan: Plan, *, wide: bool) -> list[str]:
@@ -266,3 +273,16 @@ def _parts_table(plan: Plan) -> Table:
         if size
     ]
     return _table(["", ">", ">", ""], rows)
+
+
+_LARGEST = 3
+
+
+def _phases_table(plan: Plan) -> Table:
+    """The worst moment of every kind of phase, the highest first, with its largest parts."""
+    rows = []
+    for peak in plan.memory.phases:
+        largest = sorted(peak.parts.items(), key=lambda part: -part[1])[:_LARGEST]
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
+        rows.append([f"  {peak.phase}", format_bytes(peak.tensors), peak.instant, parts])
+    return _table(["", ">tensors", "when", "largest parts"], rows)

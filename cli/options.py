@@ -117,7 +117,7 @@ _SET = Annotated[
 ]
 _QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="errors only")]
 _VERBOSE = Annotated[
-    bool, typer.Option("--verbose", "-v", help="tracebacks with errors, memory by category")
+    bool, typer.Option("--verbose", "-v", help="tracebacks with errors, more figures")
 ]
 
 

@@ -2,26 +2,66 @@
 
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem.cli import explain
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.cli.settings import loaded, planned, require_fit
-from lowmem.errors import HardwareError, PlanError
+from lowmem.config.schema import Config
+from lowmem.errors import ConfigError, HardwareError, PlanError
 from lowmem.planner.calibration import Row
+from lowmem.planner.plan import json_schema
 from lowmem.units import format_bytes
 
 
-def plan(given: Given, *, verify: bool, as_json: bool) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted beside the plan itself.
+
+    verify: run it. why: explain this method instead. compare: a list of cards, instead of one.
+    reuse: a plan that was made before may answer.
+    """
+
+    verify: bool = False
+    why: str | None = None
+    compare: str | None = None
+    reuse: bool = True
+
+
+def plan(given: Given, asked: Asked, *, as_json: bool) -> None:
     """Print the plan; PlanError (exit 3) after it when nothing fits."""
-    console = Console(quiet=given.quiet)
+    _check(given, asked)
+    console = Console(quiet=given.quiet, verbose=given.verbose)
     config = loaded(given, console).config
-    if verify:
+    if asked.verify:
         _verified(config, console, as_json=as_json)
-        return
-    result = planned(config, for_this_machine=False)
+    elif asked.why is not None:
+        explain.why(config, asked.why, console, reuse=asked.reuse, as_json=as_json)
+    elif asked.compare is not None:
+        explain.compare(config, asked.compare, console, reuse=asked.reuse, as_json=as_json)
+    else:
+        _planned(config, console, reuse=asked.reuse, as_json=as_json)
+
+
+def _check(given: Given, asked: Asked) -> None:
+    """ConfigError for questions that exclude one another."""
+    flags = {"--compare": asked.compare, "--why": asked.why, "--verify": asked.verify or None}
+    together = [flag for flag, value in flags.items() if value is not None]
+    if asked.compare is not None and "gpu" in given.flags:
+        together.append("--gpu")
+    if len(together) > 1:
+        raise ConfigError(
+            f"{together[0]} and {together[1]} exclude one another",
+            "--compare plans for each of its cards, --why and --verify for one",
+            f"leave out {together[1]}, or {together[0]}",
+        )
+
+
+def _planned(config: Config, console: Console, *, reuse: bool, as_json: bool) -> None:
+    result = planned(config, for_this_machine=False, reuse=reuse)
     if as_json:
         console.json(result.to_json())
     else:
@@ -89,3 +129,8 @@ def _wrong(rows: list[Row]) -> PlanError | HardwareError:
         "please report this table, with `lowmem doctor`; constants that were measured are kept,"
         " so plan again",
     )
+
+
+def schema(given: Given) -> None:
+    """The JSON schema of --json on stdout."""
+    Console(quiet=given.quiet).json(json_schema())

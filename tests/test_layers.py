@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowmem"
 
 FOUNDATION = {"errors", "units", "naming", "phases", "tensorfile"}
-_PARTS = {*FOUNDATION, "kernels", "config.schema"}
+_PARTS = {*FOUNDATION, "kernels", "config.schema", "config.recompute"}
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "kernels": FOUNDATION,

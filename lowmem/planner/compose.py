@@ -2,8 +2,8 @@
 
 Two things are rehearsed apart, once each:
 
-    ModelBytes      a model of three blocks whose gradients nobody keeps: bytes at every moment,
-                    and at which of them each weight's gradient is handed over
+    ModelBytes      a model with a block of each level whose gradients nobody keeps: bytes at every
+                    moment, and at which of them each weight's gradient is handed over
     OptimizerBytes  what the optimizer adds, weight by weight: bytes at the worst moment of each
                     call beyond those before it, and bytes that stay
 
@@ -21,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowmem.config.recompute import Level, levels_of
+from lowmem.config.recompute import levels_of
 from lowmem.config.schema import ModelConfig, UpdateMode
 from lowmem.model.llama import Llama
 from lowmem.optim.method import Dense
@@ -38,7 +38,9 @@ from lowmem.planner.rehearse import (
     update,
 )
 
-BLOCKS = 3  # the first, one that stands for all between, and the last
+LIKE = ("full", "attn", "keep", "last")
+"""The rehearsed blocks: one of each level, and the last, which keeps everything at any level."""
+RECOMPUTE = "keep:2,attn:1,full"  # that gives them
 _BLOCK_PHASE = re.compile(r"(forward|backward) of block (\d+)")
 _BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -76,7 +78,7 @@ class Section:
 
 @dataclass
 class Pass:
-    """A micro-batch in the order of time; blocks are those rehearsed, the first one first."""
+    """A micro-batch in the order of time; blocks are those of LIKE."""
 
     opening: list[Moment] = field(default_factory=list)
     forward: list[Section] = field(default_factory=list)
@@ -190,14 +192,11 @@ class _Listener(Optimizer):
         pass
 
 
-def model_bytes(
-    model: ModelConfig, choice: Choice, level: Level, seq_len: int, attention: str
-) -> ModelBytes:
-    """Rehearse a model of at most three blocks at that level, with the choice's micro-batch."""
-    blocks = min(BLOCKS, model.num_hidden_layers)
-    small = model.model_copy(update={"num_hidden_layers": blocks})
+def model_bytes(model: ModelConfig, choice: Choice, seq_len: int, attention: str) -> ModelBytes:
+    """Rehearse the choice's micro-batch on a model with one block of each level, and the last."""
+    small = model.model_copy(update={"num_hidden_layers": len(LIKE)})
     logits = choice.logits == "keep"
-    llama = model_on_meta(small, choice.weights, level, attention, keep_logits=logits)
+    llama = model_on_meta(small, choice.weights, RECOMPUTE, attention, keep_logits=logits)
     recorder = _Recorder(llama, scratch=attention != "cpu")
     listener = _Listener(recorder)
     listener.attach(llama)
@@ -207,7 +206,9 @@ def model_bytes(
         recorder.peak = resting = recorder.live
         del loss_and_norm  # training reads them after the step
         evaluate(llama, choice, seq_len)
-    pieces = {kin(name): rows[: len(rows) // len(passes)] for name, rows in recorder.pieces.items()}
+    pieces = {
+        kin(name): found[: len(found) // len(passes)] for name, found in recorder.pieces.items()
+    }
     return ModelBytes(passes, resting, recorder.peak, pieces)
 
 
@@ -325,54 +326,43 @@ def norm_bytes(mode: UpdateMode, clipped: bool, weights: int) -> NormCall:
         return NormCall(extra, left, tracker.live - before)
 
 
-def compose(
-    model: Mapping[Level, ModelBytes], optimizer: OptimizerBytes, recompute: str, blocks: int
-) -> int:
+def compose(model: ModelBytes, optimizer: OptimizerBytes, recompute: str, blocks: int) -> int:
     """The peak of an update and an evaluation batch, in bytes of live tensors.
 
-    model: for each level that `recompute` names. blocks: of the whole model.
+    blocks: of the whole model.
     """
-    levels = levels_of(recompute, blocks)
-    last = min(blocks, BLOCKS) - 1
-    like = [0 if index == 0 else 1 for index in range(blocks - 1)] + [last]
-    # The last block keeps everything whatever its level, so any level's rehearsal shows it.
-    of = [model[level] for level in levels[:-1]]
-    of.append(of[-1] if of else model[levels[-1]])
+    like = [LIKE.index(level) for level in levels_of(recompute, blocks)[:-1]] + [len(LIKE) - 1]
     held = most = 0
-    for number in range(len(of[-1].passes)):
-        passes = [each.passes[number] for each in of]
-        walked = list(zip(passes, like, _shifts(passes, like), strict=True))
-        for moments, shift, block in _in_time(walked):
+    for number, each in enumerate(model.passes):
+        for moments, shift, block in _in_time(each, like):
             peak, left = _walked(moments, optimizer.costs, number, block)
             most, held = max(most, held + shift + peak), held + left
-    return optimizer.persistent + max(most, _stepped(of[-1], optimizer, held))
+    return optimizer.persistent + max(most, _stepped(model, optimizer, held))
 
 
-def _in_time(blocks: Sequence[tuple[Pass, int, int]]) -> Iterator[tuple[list[Moment], int, str]]:
+def _in_time(each: Pass, like: Sequence[int]) -> Iterator[tuple[list[Moment], int, str]]:
     """(moments, how much higher they are than rehearsed, prefix of the names of their weights).
 
-    blocks: for each its rehearsal, which of the rehearsed blocks is like it, and its shift.
+    like: for every block of the model, which of the rehearsed ones it is like.
     """
-    top, _, highest = blocks[-1]
-    yield top.opening, 0, ""
-    for each, at, shift in blocks:
+    shifts = _shifts(each, like)
+    yield each.opening, 0, ""
+    for at, shift in zip(like, shifts, strict=True):
         yield each.forward[at].moments, shift, ""
-    yield top.turn, highest, ""
-    for index, (each, at, shift) in reversed(list(enumerate(blocks))):
-        yield each.backward[at].moments, shift, _block(index)
-    yield top.closing, 0, ""
+    yield each.turn, shifts[-1], ""
+    for index in reversed(range(len(like))):
+        yield each.backward[like[index]].moments, shifts[index], _block(index)
+    yield each.closing, 0, ""
 
 
-def _shifts(passes: Sequence[Pass], like: Sequence[int]) -> list[int]:
-    """How much higher each block's moments are than those of the rehearsed block that it is like.
-
-    Below them lies what the blocks before it keep.
-    """
-    height, shifts = passes[0].forward[0].start, []
-    for each, at in zip(passes, like, strict=True):
-        shifts.append(height - each.forward[at].start)
-        if at + 1 < len(each.forward):
-            height += each.forward[at + 1].start - each.forward[at].start
+def _shifts(each: Pass, like: Sequence[int]) -> list[int]:
+    """Below a block's moments lies what the blocks before it keep."""
+    starts = [section.start for section in each.forward]
+    height, shifts = starts[0], []
+    for at in like:
+        shifts.append(height - starts[at])
+        if at + 1 < len(starts):
+            height += starts[at + 1] - starts[at]
     return shifts
 
 

@@ -28,6 +28,7 @@ _LONGEST_NAME = 60  # letters; the search for neighbours takes quadratic time
 _LARGEST = 1024 * GIB  # more is a slip of the unit
 
 _CLASS = re.compile(r"\s*([0-9]{1,5}(?:\.[0-9]+)?)\s*gb\s*", re.IGNORECASE)
+_BARE = re.compile(r"\s*[0-9]{1,6}\s*")  # more digits are bytes
 _SIZE = re.compile(r"\s*[-+0-9.].*")
 _FORMS = "allowed are a class such as 24GB, a size such as 24GiB, a card such as rtx4090, or auto"
 
@@ -70,6 +71,8 @@ def check_card(gpu: str) -> None:
 def _named_card(gpu: str) -> Card:
     if match := _CLASS.fullmatch(gpu):
         return _checked(_class_card(float(match[1])), gpu)
+    if _BARE.fullmatch(gpu):
+        raise _without_unit(gpu.strip())
     if _SIZE.fullmatch(gpu):
         return _checked(_preset(gpu.strip(), _exact_bytes(gpu), desktop=True), gpu)
     facts = card_facts(gpu)
@@ -164,8 +167,15 @@ def _checked(card: Card, gpu: str) -> Card:
         raise ConfigError(f"gpu = {gpu!r} is {format_bytes(card.total)}", why, 'gpu = "8GB"')
     if card.total > _LARGEST:
         why = f"no card has more than {format_bytes(_LARGEST)}; {_FORMS}"
-        raise ConfigError(f"gpu = {gpu!r} is a slip of the unit", why, 'gpu = "24GB"')
+        raise ConfigError(f"gpu = {gpu!r} is larger than any card", why, 'gpu = "24GB"')
     return card
+
+
+def _without_unit(number: str) -> ConfigError:
+    """ "24" is meant as 24GB and "4090" as rtx4090, but a wrong guess would cost a run."""
+    size = f"{number}GB" if 4 <= int(number) <= _LARGEST // GIB else "24GB"
+    fix = f"rtx{number}" if _sold_as(f"rtx{number}") else size
+    return ConfigError(f"gpu = {number!r} has no unit", _FORMS, f'gpu = "{fix}"')
 
 
 def _has_cuda(device: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
-from lowmem.config.recompute import Level, levels_of
+from lowmem.config.recompute import levels_of
 from lowmem.config.schema import (
     Config,
     Logits,
@@ -64,7 +64,8 @@ class Job:
     attention: str
     _models: dict[Any, ModelBytes] = field(default_factory=dict)
     _optimizers: dict[Any, OptimizerBytes] = field(default_factory=dict)
-    _whole: dict[str, Rehearsal] = field(default_factory=dict)
+    _memories: dict[str, Memory] = field(default_factory=dict)
+    _missed: dict[UpdateMode, int] = field(default_factory=dict)
     _persistent: dict[str, int] = field(default_factory=dict)
     _llamas: dict[tuple[WeightFormat, int], Llama] = field(default_factory=dict)
 
@@ -135,15 +136,13 @@ class Job:
 
     def peak(self, choice: Choice) -> int:
         """Bytes that the allocator will have reserved at the peak, the last of them guessed."""
-        return self._reserved(self.tensors(choice))
+        return self._reserved(self.tensors(choice)) + self._missed.get(choice.update, 0)
 
     def tensors(self, choice: Choice) -> int:
         """Bytes of live tensors at the peak: exact but for estimates of the curvature, which are
         passes of their own."""
-        blocks = self.model.num_hidden_layers
-        levels = {level: self._model_bytes(choice, level) for level in self._named(choice)}
-        added = self._optimizer_bytes(choice)
-        return compose(levels, added, choice.recompute, blocks) + self.workspace
+        parts = self._model_bytes(choice), self._optimizer_bytes(choice)
+        return compose(*parts, choice.recompute, self.model.num_hidden_layers) + self.workspace
 
     def seconds(self, choice: Choice) -> float:
         """Of an update, for comparisons: by the card's rates, or by those of a common one."""
@@ -156,40 +155,46 @@ class Job:
 
     def memory(self, choice: Choice) -> Memory:
         """The whole model rehearsed, its allocations replayed."""
-        full = self._rehearsed(choice)
-        if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
-            return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
-        peaks = replay(full.events, expandable=expandable_segments())
-        return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
-
-    def _rehearsed(self, choice: Choice) -> Rehearsal:
         key = repr(choice)
-        if key not in self._whole:
-            self._whole[key] = rehearse(
-                self.model,
-                self.optimizer(kind_of(choice)),
-                choice,
-                self.seq_len,
-                attention=self.attention,
-                workspace=self.workspace,
-                updates=1 if expandable_segments() else 2,
-            )
-        return self._whole[key]
+        if key not in self._memories:
+            self._memories[key] = self._replayed(choice)
+        return self._memories[key]
 
-    def _named(self, choice: Choice) -> set[Level]:
-        return set(levels_of(choice.recompute, self.model.num_hidden_layers))
+    def learn(self, choice: Choice) -> None:
+        """Guess what the allocator takes in that update mode by what it takes for this choice."""
+        missed = self.memory(choice).reserved - self.peak(choice)
+        self._missed[choice.update] = self._missed.get(choice.update, 0) + max(0, missed)
 
-    def _model_bytes(self, choice: Choice, level: Level) -> ModelBytes:
-        key = (choice.weights, level, choice.logits, choice.micro_batch, choice.accumulate > 1)
+    def _replayed(self, choice: Choice) -> Memory:
+        full = self._rehearsal(choice)
+        told = full.parts, full.instant, full.phases
+        if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
+            return Memory(full.tensors, full.tensors, full.tensors, *told)
+        peaks = replay(full.events, expandable=expandable_segments())
+        return Memory(full.tensors, peaks.allocated, peaks.reserved, *told)
+
+    def _rehearsal(self, choice: Choice) -> Rehearsal:
+        return rehearse(
+            self.model,
+            self.optimizer(kind_of(choice)),
+            choice,
+            self.seq_len,
+            attention=self.attention,
+            workspace=self.workspace,
+            updates=1 if expandable_segments() else 2,
+        )
+
+    def _model_bytes(self, choice: Choice) -> ModelBytes:
+        key = (choice.weights, choice.logits, choice.micro_batch, choice.accumulate > 1)
         if key not in self._models:
-            self._models[key] = model_bytes(self.model, choice, level, self.seq_len, self.attention)
+            self._models[key] = model_bytes(self.model, choice, self.seq_len, self.attention)
         return self._models[key]
 
     def _optimizer_bytes(self, choice: Choice) -> OptimizerBytes:
         kind, clipped = kind_of(choice), choice.clip is not None
         key = (repr(kind), choice.update, choice.accumulate > 1, clipped)
         if key not in self._optimizers:
-            pieces = self._model_bytes(choice, next(iter(self._named(choice)))).pieces
+            pieces = self._model_bytes(choice).pieces
             self._optimizers[key] = optimizer_bytes(
                 self._owner(kind, choice.update),
                 choice,

@@ -32,7 +32,7 @@ from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.phases import current_phase, phase, sentence
-from lowmem.planner.plan import Choice
+from lowmem.planner.plan import Choice, PhasePeak
 from lowmem.planner.workspaces import scratch_of_operators
 
 GRANULE = 512  # the CUDA caching allocator rounds every request up to it
@@ -82,6 +82,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak_phase: tuple[str, ...] = ()
         self.segments: dict[str, Segment] = {}
         self._highest = 0  # in the open segment
+        self.highest: dict[str, PhasePeak] = {}  # by kind of phase
         self._parts: defaultdict[str, int] = defaultdict(int)
         self._seen = WeakIdKeyDictionary()
         self._ids = itertools.count()
@@ -154,13 +155,22 @@ class LiveBytes(TorchDispatchMode):
 
     def _mark(self, scratch: int, part: str) -> None:
         self._highest = max(self._highest, self.live + scratch)
-        if self.live + scratch <= self.peak:
+        live, phases = self.live + scratch, current_phase()
+        kind = kind_of_phase(phases)
+        is_highest = kind not in self.highest or live > self.highest[kind].tensors
+        if live <= self.peak and not is_highest:
             return
-        self.peak = self.live + scratch
-        self.peak_phase = current_phase()
-        self.peak_parts = self.parts()
+        parts = self.parts()
         if scratch:
-            self.peak_parts[part] = self.peak_parts.get(part, 0) + scratch
+            parts[part] = parts.get(part, 0) + scratch
+        if is_highest:
+            self.highest[kind] = PhasePeak(kind, live, _ordered(parts), sentence(phases))
+        if live > self.peak:
+            self.peak, self.peak_phase, self.peak_parts = live, phases, parts
+
+    def phase_peaks(self) -> list[PhasePeak]:
+        """The worst moment of every kind of phase, the highest first."""
+        return sorted(self.highest.values(), key=lambda peak: -peak.tensors)
 
 
 def part_of(phases: tuple[str, ...]) -> str:
@@ -173,6 +183,19 @@ def part_of(phases: tuple[str, ...]) -> str:
         if name in ("loss", "batch"):
             return name
     return "activations"
+
+
+def kind_of_phase(phases: tuple[str, ...]) -> str:
+    """The kind of work these phases are: forward, loss, backward, ..., or other outside of all."""
+    for name in ("evaluation", "curvature"):
+        if name in phases:
+            return name
+    for name in reversed(phases):
+        if name in ("update", "refresh", "loss"):
+            return name
+    if any(name.startswith(("backward", "gradient")) for name in phases):
+        return "backward"
+    return "forward" if phases else "other"
 
 
 IN_PLACE = {
@@ -205,12 +228,14 @@ class Rehearsal:
     """What a rehearsed update needs; the fields are those of LiveBytes.
 
     persistent: what lives as long as the run, by part. segments: by name of SEGMENTS.
+    phases: the worst moment of every kind of phase, the highest first.
     """
 
     tensors: int
     parts: dict[str, int]
     instant: str
     events: list[tuple[int, int]]
+    phases: list[PhasePeak]
     persistent: dict[str, int] = field(default_factory=dict)
     segments: dict[str, Segment] = field(default_factory=dict)
 
@@ -256,6 +281,7 @@ def rehearse(
         _ordered(tracker.peak_parts),
         sentence(tracker.peak_phase),
         tracker.events,
+        tracker.phase_peaks(),
         persistent,
         tracker.segments,
     )

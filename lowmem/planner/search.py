@@ -37,10 +37,10 @@ from lowmem.planner.speed import estimate, require_rates, within_hours
 from lowmem.units import format_bytes
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed
-ATTEMPTS = 4
+ATTEMPTS = 6
 SPEED_CLASS = 1.03
 _BESIDE = 2  # methods shown after the choice
-_SMALLEST_TRIED = 3
+_SMALLEST_TRIED = _FASTEST_TRIED = 3
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,9 @@ def make_plan(
         others = [row for row in rows if row.choice.method != smallest.method]
         return _plan(job, smallest, [_too_large(job, smallest, room), *others], notes)
     for _ in range(ATTEMPTS):
-        excess = job.memory(choice).reserved - card.usable_bytes
-        if excess <= 0:
+        if job.memory(choice).reserved <= room:
             break
-        room -= excess  # what the allocator takes beyond the guess
+        job.learn(choice)  # what the allocator takes beyond the guess
         rows, again = search(job, room)
         if again is None:
             break
@@ -232,9 +231,8 @@ def _logits(job: Job, wanted: Logits) -> Logits:
 def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None:
     """The fastest micro-batch and recomputation that fit; of the equally fast the smallest."""
     best: tuple[int, int, Choice] | None = None
-    settings = _recompute(job, "keep"), _logits(job, "keep")
-    optimistic = [job.choice(kind, mode, *settings, size) for size in _micro_batches(job, mode)]
-    for hope in sorted(optimistic, key=job.seconds):
+    hopes = [_hope(job, kind, mode, size) for size in _micro_batches(job, kind, mode, room)]
+    for hope in sorted(hopes, key=job.seconds):
         if best is not None and _speed_class(job, hope) > best[0]:
             break
         found = _least_recomputed(job, hope, room)
@@ -244,16 +242,36 @@ def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None
     return None if best is None else best[2]
 
 
-def _micro_batches(job: Job, mode: UpdateMode) -> list[int]:
-    """Sizes to try: powers of two, those between them, and the whole batch."""
+def _hope(job: Job, kind: Kind, mode: UpdateMode, micro: int) -> Choice:
+    """The fastest settings with that micro-batch, if they fit."""
+    return job.choice(kind, mode, _recompute(job, "keep"), _logits(job, "keep"), micro)
+
+
+def _micro_batches(job: Job, kind: Kind, mode: UpdateMode, room: int) -> list[int]:
+    """Sizes that fit: powers of two, those between them, and the whole batch, which needs no sums.
+
+    The smallest where none does.
+    """
     fixed = job.config.train.micro_batch
     if fixed != "auto":
         return [settled(fixed)]
     if mode == "fused":
         return [job.rows]
-    most = max(1, MAX_TOKENS[job.config.train.device] // job.seq_len)
-    sizes = {size for power in range(20) for size in (2**power, 3 * 2**power)}
-    return [*sorted(size for size in sizes if size <= min(most, job.rows)), job.rows]
+
+    def fits(size: int) -> bool:
+        settings = _recompute(job, "full"), _logits(job, "recompute")
+        return job.fits(job.choice(kind, mode, *settings, size), room)
+
+    most = min(_most_rows(job), job.rows - 1)
+    powers = {size for power in range(20) for size in (2**power, 3 * 2**power)}
+    sizes = sorted(size for size in powers if size <= most)
+    last = _last(len(sizes), lambda index: fits(sizes[index])) if sizes else None
+    whole = [job.rows] if job.rows <= _most_rows(job) or last is None else []
+    return [*(sizes[: last + 1] if last is not None else []), *whole]
+
+
+def _most_rows(job: Job) -> int:
+    return max(1, MAX_TOKENS[job.config.train.device] // job.seq_len)
 
 
 def _least_recomputed(job: Job, hope: Choice, room: int) -> Choice | None:
@@ -329,53 +347,45 @@ def _too_large(job: Job, least: Choice, room: int) -> Candidate:
 def _others(job: Job, choice: Choice, room: int) -> Iterator[Candidate]:
     """What else fits: the next methods in quality, the fastest of all, and the smallest of all."""
     tried = families(job.config, job.model)
-    shown, left = {choice.method}, dict[str, Family]()
-    for family in tried:
-        left.setdefault(family.method, family)
-    for method, family in left.items():
-        if (
-            len(shown) <= _BESIDE
-            and method not in shown
-            and quality(family.best, job.model).rung >= quality(kind_of(choice), job.model).rung
-        ):
-            shown.add(method)
-            found = _best_of(job, family, room)
-            if found is None:
-                yield _rejected(job, family, room)
-            else:
-                reason = "fits; comes after the choice in published quality"
-                yield Candidate(found.choice, True, job.peak(found.choice), reason=reason)
+    for family in _next_methods(job, tried, choice):
+        found = _best_of(job, family, room)
+        if found is None:
+            yield _rejected(job, family, room)
+        else:
+            yield Candidate(found.choice, True, job.peak(found.choice), reason="next in quality")
     fastest = _fastest_of_all(job, tried, choice, room)
     yield Candidate(fastest, True, job.peak(fastest), reason="fastest")
     smallest = least(job)
-    yield Candidate(smallest, True, job.peak(smallest), reason="smallest")
+    if job.fits(smallest, room):
+        yield Candidate(smallest, True, job.peak(smallest), reason="smallest")
+
+
+def _next_methods(job: Job, tried: Sequence[Family], choice: Choice) -> list[Family]:
+    """The best family of each of the methods that come after the choice."""
+    rung = quality(kind_of(choice), job.model).rung
+    left: dict[str, Family] = {}
+    for family in tried:
+        if family.method != choice.method and quality(family.best, job.model).rung >= rung:
+            left.setdefault(family.method, family)
+    return list(left.values())[:_BESIDE]
 
 
 def _fastest_of_all(job: Job, tried: Sequence[Family], choice: Choice, room: int) -> Choice:
-    """The settings with the shortest update, of any quality."""
+    """The settings with the shortest update, of any quality: of the few that could be fastest."""
     hopes = [
-        (job.seconds(hope), family)
+        (job.seconds(_hope(job, family.least, mode, min(job.rows, _most_rows(job)))), family, mode)
         for family in tried
         for mode in _modes(job, family)
-        for hope in [_hope(job, family.least, mode)]
+        if job.persistent(family.least) <= room
     ]
     best = choice
-    for hope, family in sorted(hopes, key=lambda each: each[0]):
-        if hope >= job.seconds(best) / SPEED_CLASS:
+    for hope, family, mode in sorted(hopes, key=lambda each: each[0])[:_FASTEST_TRIED]:
+        if hope >= job.seconds(best):
             break
-        if job.persistent(family.least) > room:
-            continue
-        for mode in _modes(job, family):
-            found = _fastest(job, family.least, mode, room)
-            if found is not None:
-                best = min(best, found, key=job.seconds)
+        found = _fastest(job, family.least, mode, room)
+        if found is not None:
+            best = min(best, found, key=job.seconds)
     return best
-
-
-def _hope(job: Job, kind: Kind, mode: UpdateMode) -> Choice:
-    """The fastest settings, if they fit."""
-    settings = _recompute(job, "keep"), _logits(job, "keep")
-    return job.choice(kind, mode, *settings, _micro_batches(job, mode)[-1])
 
 
 def _fits_at_all(job: Job, room: int) -> bool:

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
 from lowmem.errors import CheckpointError, ConfigError, short
-from lowmem.planner.plan import Plan, recorded_plan
+from lowmem.planner.plan import Plan
 from lowmem.train.events import Event, Metric, to_record
 from lowmem.train.lock import held
 
@@ -85,8 +85,8 @@ class Run:
         """What was planned when the run began, None where nothing was or it cannot be read."""
         try:
             record = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
-            return recorded_plan(record, self.config)
-        except (OSError, ValueError, KeyError, TypeError):
+            return replace(Plan.from_json(record), config=self.config)
+        except (OSError, ValueError):
             return None
 
     def write_config(self, config: Config) -> None:

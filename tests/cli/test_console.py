@@ -8,9 +8,9 @@ import pytest
 
 from lowmem.cli.console import Console
 from lowmem.planner.calibration import Row
-from lowmem.planner.plan import Rates, Speed
+from lowmem.planner.plan import PhasePeak, Rates, Speed
 from lowmem.train.events import Started, Trained
-from lowmem.units import GIB
+from lowmem.units import GIB, MIB
 from tests.cli.example_plan import example_plan
 
 
@@ -85,6 +85,45 @@ def test_a_plan_says_how_long_it_takes_in_units_of_people() -> None:
         " (+-25 %, uncalibrated)",
         "Time    about 4.4 months for 19.7 B tokens in 150000 updates, without evaluation",
     ]
+
+
+def test_a_batch_that_became_smaller_is_the_first_line() -> None:
+    plan = example_plan()
+    note = "batch 16 sequences instead of 512: sums of gradients do not fit"
+    out = io.StringIO()
+    Console(out=out).plan(replace(plan, notes=[note, *plan.notes]), as_result=True)
+    first, *rest = out.getvalue().splitlines()
+    assert first == note
+    assert note not in "\n".join(rest)
+    assert "  clip off: update is fused" in rest
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_peak_of_every_phase_is_shown_when_asked(
+    verbose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    plan = example_plan()
+    parts = {"weights": 9 * GIB, "states": 3 * GIB, "loss": GIB, "batch": MIB}
+    phases = [PhasePeak("backward", 18 * GIB, {"weights": 18 * GIB}, "backward of block 7")]
+    phases += [PhasePeak("loss", 13 * GIB + MIB, parts, "loss, gradient of head")]
+    out = io.StringIO()
+    memory = replace(plan.memory, phases=phases)
+    Console(verbose=verbose, out=out).plan(replace(plan, memory=memory), as_result=True)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    largest = "weights 9.00 GiB, states 3.00 GiB, loss 1.00 GiB"
+    assert (f"  loss      13.0 GiB  loss, gradient of head  {largest}" in lines) == verbose
+    assert ("Peak by phase" in lines) == verbose
+
+
+def test_advice_is_shown_before_the_notes() -> None:
+    plan = example_plan()
+    parts = {"weights": GIB, "states": GIB, "activations": 16 * GIB}
+    out = io.StringIO()
+    Console(out=out).plan(replace(plan, memory=replace(plan.memory, parts=parts)), as_result=True)
+    text = out.getvalue()
+    assert "\nAdvice  of the peak activations 89%, states and projections 6%: another" in text
+    assert text.index("Advice") < text.index("Not given, so chosen")
 
 
 def test_without_rates_a_plan_says_why_there_is_no_speed() -> None:

@@ -124,6 +124,15 @@ def test_sizes_that_no_card_has_are_refused(gpu: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gpu", "fix"), [("24", "24GB"), (" 16 ", "16GB"), ("4090", "rtx4090"), ("0", "24GB")]
+)
+def test_a_number_without_a_unit_is_not_guessed(gpu: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match="has no unit") as caught:
+        find_card(gpu, "auto")
+    assert caught.value.fix == f'gpu = "{fix}"'
+
+
+@pytest.mark.parametrize(
     "gpu", ["banana", "", "(", "rtx", "rtx30", "t4-0gb", "9" * 400 + "GB", "t4" + "9" * 400 + "gb"]
 )
 def test_what_is_no_card_at_all_is_refused(gpu: str) -> None:

@@ -15,7 +15,13 @@ from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Choice
-from lowmem.planner.rehearse import LiveBytes, part_of, rehearse, track_persistent
+from lowmem.planner.rehearse import (
+    LiveBytes,
+    kind_of_phase,
+    part_of,
+    rehearse,
+    track_persistent,
+)
 
 MODEL = ModelConfig.model_validate(
     {
@@ -209,6 +215,51 @@ def test_the_peak_names_its_moment_and_its_parts() -> None:
     assert tracker.live == 1024 + 2048 + 512
     del second, third
     assert [size for _, size in tracker.events] == [1024, 1024, 2048, -1024, 512, -2048, -512]
+
+
+def test_what_libraries_hold_is_part_of_every_moment() -> None:
+    how, optimizer = choice("unfused", "keep", "bf16", 1), OptimizerConfig(method="adamw")
+    without = rehearse(MODEL, optimizer, how, 64, attention="cpu")
+    with_it = rehearse(MODEL, optimizer, how, 64, attention="cpu", workspace=2**20)
+    assert with_it.parts == without.parts | {"workspace": 2**20}
+    assert with_it.tensors == without.tensors + 2**20
+
+
+@pytest.mark.parametrize("mode", ["unfused", "fused+subspace", "fused"])
+def test_every_kind_of_phase_has_its_worst_moment(mode: Any) -> None:
+    how = choice(mode, "full", "bf16", 1)
+    optimizer = OptimizerConfig(method="galore", rank=16)
+    told = rehearse(MODEL, optimizer, how, 64, attention="cpu")
+    assert {peak.phase for peak in told.phases} >= {"forward", "backward", "update", "evaluation"}
+    assert [peak.tensors for peak in told.phases] == sorted(
+        (peak.tensors for peak in told.phases), reverse=True
+    )
+    first = told.phases[0]
+    assert (first.tensors, first.parts, first.instant) == (told.tensors, told.parts, told.instant)
+    for peak in told.phases:
+        assert sum(peak.parts.values()) == peak.tensors
+
+
+@pytest.mark.parametrize(
+    ("phases", "kind"),
+    [
+        (("embedding",), "forward"),
+        (("forward of block 3",), "forward"),
+        (("loss",), "loss"),
+        (("loss", "gradient of head"), "loss"),
+        (("gradient of norm",), "backward"),
+        (("backward of block 3", "gradient of mlp.up"), "backward"),
+        (("backward of block 3", "gradient of mlp.up", "hold"), "backward"),
+        (("backward of block 3", "gradient of mlp.up", "update"), "update"),
+        (("update", "refresh"), "refresh"),
+        (("evaluation", "forward of block 1"), "evaluation"),
+        (("evaluation", "loss"), "evaluation"),
+        (("curvature", "backward of block 1"), "curvature"),
+        ((), "other"),
+    ],
+)
+def test_phases_are_of_one_kind_each(phases: tuple[str, ...], kind: str) -> None:
+    assert kind_of_phase(phases) == kind
 
 
 def test_parts_follow_the_innermost_phase() -> None:
