@@ -65,7 +65,26 @@ def lowmem(
         typer.echo(context.get_help())
 
 
-def plan(given: Given, json: Json = False) -> None:
+def plan(
+    given: Given,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="run two updates of it on this machine, and compare"),
+    ] = False,
+    why: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="why it is chosen or not, and its needs")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="12GB,24GB", help="a row for each of these cards")
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="plan anew what was planned before")
+    ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="print the JSON schema of --json, and stop")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Predict the memory of a run and choose what fits; needs no GPU.
 
     \b
@@ -73,10 +92,17 @@ def plan(given: Given, json: Json = False) -> None:
       lowmem plan --gpu 24GB --model llama-7b
       lowmem plan --gpu rtx3060-12gb --model llama-1b --method galore --rank 256
       lowmem plan --gpu 16GB --model ./my-llama/config.json --json
+      lowmem plan --verify --gpu 12GB --model llama-350m
+      lowmem plan --gpu 16GB --model llama-7b --why galore
+      lowmem plan --model llama-7b --compare 12GB,16GB,24GB
     """
     from lowmem.cli import plan as command
 
-    command.plan(given, as_json=json)
+    if schema:
+        command.schema(given)
+    else:
+        asked = command.Asked(verify=verify, why=why, compare=compare, reuse=not no_cache)
+        command.plan(given, asked, as_json=json)
 
 
 def train(

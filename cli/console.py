@@ -21,7 +21,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from lowmem.cli.lines import EventLines
-from lowmem.planner.plan import Candidate, Plan
+from lowmem.planner.calibration import Row
+from lowmem.planner.plan import Candidate, Plan, Rank
 from lowmem.planner.speed import why_no_estimate
 from lowmem.train.events import Event, Report, Started, Trained
 from lowmem.units import format_bytes, format_count, format_span
@@ -30,12 +31,17 @@ _PIPE_WIDTH = 120  # tables in a pipe or file, unless COLUMNS says
 
 
 class Console:
-    """stdout for results and stderr for what happens; quiet silences the second."""
+    """stdout for results and stderr for what happens; quiet silences it, verbose adds detail."""
 
     def __init__(
-        self, *, quiet: bool = False, out: TextIO | None = None, err: TextIO | None = None
+        self,
+        *,
+        quiet: bool = False,
+        verbose: bool = False,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
     ) -> None:
-        self.quiet = quiet
+        self.quiet, self.verbose = quiet, verbose
         self._out = _rich(out, stderr=False)
         self._err = _rich(err, stderr=True)
 
@@ -52,16 +58,16 @@ class Console:
         """The answer for programs."""
         self._out.file.write(json.dumps(value, indent=2) + "\n")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Aligned columns on stdout; those named ">x" to the right."""
-        self._out.print(_table(columns, rows))
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, gap: int = 2) -> None:
+        """Aligned columns on stdout, `gap` blanks apart; those named ">x" to the right."""
+        self._out.print(_table(columns, rows, gap))
 
     def plan(self, plan: Plan, *, as_result: bool) -> None:
         """The choice, where its memory goes, the alternatives and what nobody gave."""
         target = self._out if as_result else self._err
         if self.quiet and not as_result:
             return
-        for line in _card_lines(plan):
+        for line in [*plan.departures, *_card_lines(plan)]:
             target.print(line, soft_wrap=True)
         target.print()
         wide = target.width >= 120
@@ -73,9 +79,30 @@ class Console:
             f"Where the {format_bytes(plan.memory.tensors)} of tensors go, {plan.memory.instant}"
         )
         target.print(_parts_table(plan))
-        target.print("\nNot given, so chosen" if plan.notes else "")
-        for note in plan.notes:
+        if self.verbose and plan.memory.phases:
+            target.print("\nPeak by phase")
+            target.print(_phases_table(plan))
+        for sentence in plan.advice:
+            target.print(f"\nAdvice  {sentence}", soft_wrap=True)
+        notes = [note for note in plan.notes if note not in plan.departures]
+        target.print("\nNot given, so chosen" if notes else "")
+        for note in notes:
             target.print(f"  {note}")
+
+    def verification(self, rows: Sequence[Row]) -> None:
+        """What was planned and what was measured, on stdout."""
+        cells = [
+            [
+                row.segment,
+                row.what,
+                format_bytes(row.planned),
+                "not measured" if row.measured is None else format_bytes(row.measured),
+                "" if row.error is None else f"{row.error:+.2%}",
+                "" if row.is_right else "wrong",
+            ]
+            for row in rows
+        ]
+        self.table(["when", "what", ">planned", ">measured", ">error", ""], cells)
 
     @contextmanager
     def progress(self, clock: Callable[[], float] = time.monotonic) -> Iterator[Report]:
@@ -85,7 +112,12 @@ class Console:
         elif self._err.is_terminal and not self._err.is_dumb_terminal:
             yield from self._live()
         else:
-            lines = EventLines(interval=5.0, clock=clock, stamp=lambda: time.strftime("%H:%M:%S "))
+            lines = EventLines(
+                interval=5.0,
+                clock=clock,
+                stamp=lambda: time.strftime("%H:%M:%S "),
+                parts=self.verbose,
+            )
             yield lambda event: self._lines(lines.of(event))
 
     @contextmanager
@@ -111,7 +143,7 @@ class Console:
             self._err.print(line, soft_wrap=True)
 
     def _live(self) -> Iterator[Report]:
-        lines = EventLines(interval=0.0, clock=time.monotonic, stamp=lambda: "")
+        lines = EventLines(interval=0.0, clock=time.monotonic, stamp=lambda: "", parts=self.verbose)
         bar = Progress(
             BarColumn(bar_width=None),
             TaskProgressColumn(),
@@ -166,6 +198,9 @@ def _card_lines(plan: Plan) -> list[str]:
         f"Card    {card.name} ({card.source}): {format_bytes(card.usable_bytes)} usable",
         f"        = {format_bytes(card.total)} - context {format_bytes(card.context)}"
         f" - others {format_bytes(card.others)} - margin {format_bytes(card.margin)}",
+        f"        presets: {', '.join(card.presets)}",
+        *([f"        measured: {card.calibration}"] if card.calibration else []),
+        *(f"        warning: {warning}" for warning in card.warnings),
         f"Choice  {plan.choice.sentence()}",
         *([f"Quality {plan.quality.sentence()}"] if plan.quality else []),
         f"Peak    {format_bytes(memory.reserved)} reserved,"
@@ -183,7 +218,7 @@ def _speed_lines(plan: Plan) -> list[str]:
     return [
         f"Speed   about {format_count(speed.tokens_per_second)} tokens/s,"
         f" {format_span(speed.seconds_per_update)} per update, by rates of {rates.card}"
-        f" (+-{100 * speed.error:.0f} %, uncalibrated)",
+        f" (+-{100 * speed.error:.0f} %, {'measured rates' if rates.measured else 'uncalibrated'})",
         f"Time    about {format_span(seconds)} for {format_count(tokens)} tokens"
         f" in {plan.config.train.updates} updates, without evaluation",
     ]
@@ -196,7 +231,7 @@ def _candidate_table(plan: Plan, *, wide: bool) -> Table:
     rows = []
     for number, candidate in enumerate(plan.candidates, start=1):
         choice = candidate.choice
-        rank = "-" if choice.rank is None else _rank(choice.rank)
+        rank = rank_in_words(choice.rank)
         micro = f"{choice.micro_batch}x{choice.accumulate}"
         peak = (">" if candidate.bound else "") + format_bytes(candidate.peak_bytes)
         row = [_mark(plan, candidate, number), choice.method, rank, choice.states, choice.weights]
@@ -211,10 +246,11 @@ def _mark(plan: Plan, candidate: Candidate, number: int) -> str:
     return f">{number}" if candidate.choice == plan.choice else f" {number}"
 
 
-def _rank(rank: Any) -> str:
+def rank_in_words(rank: Rank) -> str:
+    """A rank in a column of a table."""
     if isinstance(rank, dict):
         return "/".join(str(value) for value in rank.values())
-    return str(rank)
+    return "-" if rank is None else str(rank)
 
 
 def _reasons(plan: Plan, *, wide: bool) -> list[str]:
@@ -237,3 +273,16 @@ def _parts_table(plan: Plan) -> Table:
         if size
     ]
     return _table(["", ">", ">", ""], rows)
+
+
+_LARGEST = 3
+
+
+def _phases_table(plan: Plan) -> Table:
+    """The worst moment of every kind of phase, the highest first, with its largest parts."""
+    rows = []
+    for peak in plan.memory.phases:
+        largest = sorted(peak.parts.items(), key=lambda part: -part[1])[:_LARGEST]
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
+        rows.append([f"  {peak.phase}", format_bytes(peak.tensors), peak.instant, parts])
+    return _table(["", ">tensors", "when", "largest parts"], rows)

@@ -10,6 +10,7 @@ from lowmem.train.events import (
     Evaluated,
     Event,
     Finished,
+    Grown,
     Measured,
     Paused,
     RolledBack,
@@ -38,9 +39,15 @@ class EventLines:
     """Lines for events; of updates at most one per `interval` seconds, plus the first and last."""
 
     def __init__(
-        self, *, interval: float, clock: Callable[[], float], stamp: Callable[[], str]
+        self,
+        *,
+        interval: float,
+        clock: Callable[[], float],
+        stamp: Callable[[], str],
+        parts: bool = False,
     ) -> None:
-        self._interval, self._clock, self._stamp = interval, clock, stamp
+        """parts: memory by category, too."""
+        self._interval, self._clock, self._stamp, self._parts = interval, clock, stamp, parts
         self._last = -math.inf
         self._printed = 0
         self._updates = 0
@@ -76,7 +83,9 @@ class EventLines:
                 blocked = f"training waited {format_seconds(event.blocked)}"
                 return [f"{event.update:>8} saved {event.path}, {size}, {took}, {blocked}"]
             case Measured():
-                return [_measured(event)]
+                return list(_measured(event, self._parts))
+            case Grown():
+                return [_grown(event)]
             case Skipped():
                 return list(_skipped(event))
             case RolledBack():
@@ -157,6 +166,28 @@ def _assigned(event: Assigned) -> Iterator[str]:
         yield f"{'':>8}   {group.method}"
 
 
+def _measured(event: Measured, with_parts: bool) -> Iterator[str]:
+    what = f"peak of {event.what}"
+    yield f"{'':>8} {what} {_beside(event.planned, event.measured)}"
+    for part in event.parts if with_parts else []:
+        if part.measured is not None:
+            yield f"{'':>8}   {part.name:<{len(what) - 2}} {_beside(part.planned, part.measured)}"
+
+
+def _beside(planned: int, measured: int) -> str:
+    error = f", {measured / planned - 1:+.1%}" if planned else ""
+    return f"{format_bytes(measured)} (plan {format_bytes(planned)}{error})"
+
+
+def _grown(event: Grown) -> str:
+    measured, planned = format_bytes(event.measured), format_bytes(event.planned)
+    if event.whose == "others":
+        why = f"other programs use {measured} of the card, the plan knew of {planned}"
+        return f"{event.update + 1:>8} warning: {why}; the run may not fit for long"
+    why = f"this run has reserved {measured}, the plan said {planned}"
+    return f"{event.update + 1:>8} warning: {why}; please report this as a bug"
+
+
 def _storage(event: Storage) -> Iterator[str]:
     one, all_of_them = format_bytes(event.checkpoint), format_bytes(event.kept * event.checkpoint)
     free = format_bytes(event.free)
@@ -179,9 +210,3 @@ def _skipped(event: Skipped) -> Iterator[str]:
     yield f"{'':>8}   its text: {', '.join(shown)}" + (
         f" and {more} more sequences in events.jsonl" if more else ""
     )
-
-
-def _measured(event: Measured) -> str:
-    plan = f"plan {format_bytes(event.planned)}"
-    error = f", {event.measured / event.planned - 1:+.1%}" if event.planned else ""
-    return f"{'':>8} peak of {event.what} {format_bytes(event.measured)} ({plan}{error})"

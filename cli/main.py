@@ -10,7 +10,7 @@ import typer
 
 from lowmem.cli.commands import app
 from lowmem.cli.errors import tell, tell_bug
-from lowmem.errors import ConfigError, LowMemError, nearest
+from lowmem.errors import ConfigError, LowMemError, nearest, plain
 from lowmem.train.guard import stopped_before_it_began
 
 # BadParameter -> UsageError -> ClickException: typer exports only the first, and has moved the
@@ -78,6 +78,5 @@ def _usage_error(mistake: Any, arguments: Sequence[str]) -> ConfigError:
     elif what.startswith("No such command"):
         typed = what.split("'")[1]
         what, hint = f"no such command: {typed}", nearest(typed, context.command.commands)
-    what = what.replace("Input should be", "must be").partition(", unable")[0]
     path = context.command_path if context else f"lowmem {arguments[0]}"
-    return ConfigError(what, hint, f"{path} --help")
+    return ConfigError(plain(what), hint, f"{path} --help")

@@ -7,7 +7,6 @@ from typing import Any, get_type_hints
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
@@ -16,6 +15,7 @@ from lowmem.config.problems import allowed
 from lowmem.config.schema import Config, ModelConfig, OptimizerConfig
 from lowmem.config.toml import toml_value
 from lowmem.errors import ConfigError
+from lowmem.kernels.grouped_weight import Weight
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
@@ -77,10 +77,10 @@ def _sizes(kind: Kind, model: ModelConfig, blocks: int) -> dict[str, int]:
 
 
 @cache
-def _meta_weights(model: ModelConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _meta_weights(model: ModelConfig) -> tuple[dict[str, Weight], dict[str, str]]:
     """(name -> weight, name -> role)."""
     llama = Llama(model, dtype=torch.bfloat16, device="meta", attention="cpu")
-    return dict(llama.named_parameters()), llama.roles()
+    return llama.weights(), llama.roles()
 
 
 def _kinds(name: str, model: ModelConfig) -> list[Kind]:

@@ -40,12 +40,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Given:
-    """What the user typed: settings by dotted key, --config files, --set assignments, -q."""
+    """What the user typed: settings by dotted key, --config files, --set assignments, -q, -v."""
 
     flags: dict[str, Any]
     files: list[Path]
     assignments: list[str]
     quiet: bool
+    verbose: bool = False
 
 
 SETTINGS = (
@@ -55,8 +56,9 @@ SETTINGS = (
     Setting("--seed", "N", "of weights, data order and rounding (default 0)", MODEL),
     Setting("--update", "MODE", "unfused, fused+subspace or fused", MEMORY),
     Setting("--states", "FORMAT", "moments as fp32, bf16 or 8bit", MEMORY),
-    Setting("--weights", "FORMAT", "weights in memory as fp32 or bf16", MEMORY),
+    Setting("--weights", "FORMAT", "weights in memory as fp32, bf16 or int8", MEMORY),
     Setting("--recompute", "LEVEL", "what blocks keep for backward: keep, attn, full", MEMORY),
+    Setting("--logits", "WAY", "keep them for backward, or recompute them: the same bits", MEMORY),
     Setting("--attention", "sdpa|flash-attn", "whose attention kernel", MEMORY),
     Setting("--micro-batch", "N", "sequences per forward pass", MEMORY),
     Setting("--method", "NAME", "see `lowmem methods`", OPTIMIZER),
@@ -114,7 +116,9 @@ _SET = Annotated[
     ),
 ]
 _QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="errors only")]
-_VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="tracebacks with errors")]
+_VERBOSE = Annotated[
+    bool, typer.Option("--verbose", "-v", help="tracebacks with errors, more figures")
+]
 
 
 def with_settings(
@@ -155,7 +159,8 @@ def _given(settings: Iterable[Setting], typed: dict[str, Any]) -> Given:
     flags = {s.key: typed[s.variable] for s in settings if typed[s.variable] is not None}
     if typed.get("skip_bad"):
         flags[FLAGS["--skip-bad"]] = True
-    return Given(flags, typed.get("config", []), typed.get("assignments", []), typed["quiet"])
+    files, assignments = typed.get("config", []), typed.get("assignments", [])
+    return Given(flags, files, assignments, typed["quiet"], typed["verbose"])
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

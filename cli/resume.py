@@ -17,7 +17,7 @@ from lowmem.train.run import Run
 
 def resume(given: Given, folder: Path, start: str | None, *, as_json: bool) -> None:
     """Train on in `folder` from its newest checkpoint, or from the one before it."""
-    console = Console(quiet=given.quiet)
+    console = Console(quiet=given.quiet, verbose=given.verbose)
     run = Run.open(folder)
     if start is not None:
         run = _from_previous(run, start)

@@ -3,14 +3,22 @@
 import os
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
+from lowmem.config.defaults import settle
 from lowmem.config.flags import FLAGS
 from lowmem.config.load import Loaded, flatten, load
+from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
 from lowmem.config.toml import toml_value
+from lowmem.data.cache import cache_home
 from lowmem.errors import HardwareError, PlanError
+from lowmem.planner.cache import keep_plan, kept_plan, plan_key
+from lowmem.planner.hardware import find_card
 from lowmem.planner.plan import Plan
 from lowmem.units import format_bytes
 
@@ -23,22 +31,50 @@ def loaded(given: Given, console: Console) -> Loaded:
     return result
 
 
-def planned(config: Config, *, for_this_machine: bool) -> Plan:
-    """The plan for `config`. Without for_this_machine the card need not be here."""
-    import torch
+def planned(config: Config, *, for_this_machine: bool, reuse: bool = False) -> Plan:
+    """The plan for `config`. Without for_this_machine the card need not be here.
 
-    from lowmem.config.defaults import settle
-    from lowmem.planner.hardware import find_card
-    from lowmem.planner.search import make_plan
+    reuse: take it from the cache where it was made before; then torch is not imported.
+    """
+    if config.model != "auto":
+        resolve_model(config.model, Path.cwd())  # a slip is told before a device is asked for
+    named_card = config.gpu.strip().lower() != "auto"
+    cuda = _plans_for_cuda(config.train.device, named_card, for_this_machine)
+    given = config
+    config, notes = settle(given, cuda=cuda)
+    card = find_card(config.gpu, "cuda" if cuda else "cpu")
+    folder, key = cache_home() / "plans", plan_key(config, card, notes)
+    kept = kept_plan(folder, key) if reuse else None
+    if kept is not None:
+        return kept
+    from lowmem.planner.search import make_plan  # imports torch
+
+    smaller = partial(_with_batch, given, cuda) if given.train.batch == "auto" else None
+    plan = make_plan(config, card, notes, smaller)
+    if named_card:  # what is free on this machine is never the same again
+        with suppress(OSError):  # the plan is there; `lowmem doctor` tells of the cache
+            keep_plan(folder, key, plan)
+    return plan
+
+
+def _with_batch(config: Config, cuda: bool, rows: int) -> tuple[Config, list[str]]:
+    """`config`, which has no batch, settled for one of so many sequences."""
+    train = config.train.model_copy(update={"batch": f"{rows}seq"})
+    return settle(config.model_copy(update={"train": train}), cuda=cuda)
+
+
+def _plans_for_cuda(device: str, named_card: bool, for_this_machine: bool) -> bool:
+    """HardwareError: a run on CUDA is asked for where there is none."""
+    if device == "cpu":
+        return False
+    if named_card and not for_this_machine:
+        return True
+    import torch  # here, because `lowmem plan --gpu 24GB` needs none
 
     here = torch.cuda.is_available()
-    wanted, named_card = config.train.device, config.gpu != "auto"
-    if for_this_machine and wanted == "cuda" and not here:
+    if for_this_machine and device == "cuda" and not here:
         raise no_cuda()
-    elsewhere = named_card and not for_this_machine
-    cuda = wanted == "cuda" or (wanted == "auto" and (here or elsewhere))
-    config, notes = settle(config, cuda=cuda)
-    return make_plan(config, find_card(config.gpu, "cuda" if cuda else "cpu"), notes)
+    return device == "cuda" or here
 
 
 def no_cuda() -> HardwareError:
@@ -57,15 +93,10 @@ def require_fit(plan: Plan) -> None:
     usable = format_bytes(plan.card.usable_bytes)
     parts = sorted(plan.memory.parts.items(), key=lambda part: -part[1])[:4]
     largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
-    width = max((len(fix.flags) for fix in plan.fixes), default=0)
-    fixes = [
-        f"{fix.flags:{width}}  -{format_bytes(fix.saves)}{', fits' if fix.fits else ''}"
-        for fix in plan.fixes
-    ]
     raise PlanError(
         f"the plan does not fit: {need} needed, {usable} usable on {plan.card.name}",
         f"{plan.choice.sentence()}\nlargest parts: {largest}",
-        "\n".join(fixes) or "a smaller --model, or a larger --gpu",
+        "\n".join(plan.fix_lines) or "a smaller --model, or a larger --gpu",
     )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def train(given: Given, *, dry_run: bool, as_json: bool) -> None:
     """Plan, prepare the data, create the run's folder and train in it."""
-    console = Console(quiet=given.quiet)
+    console = Console(quiet=given.quiet, verbose=given.verbose)
     config = loaded(given, console).config
     plan = planned(config, for_this_machine=True)
     shown = dry_run and not as_json

@@ -36,7 +36,7 @@ def dynamic_map(signed: bool, device: str = "cpu") -> Tensor:
 
 @cache
 def _midpoints(signed: bool, device: str) -> Tensor:
-    values = dynamic_map(signed)
+    values = dynamic_map(signed, "cpu")
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 

@@ -78,9 +78,19 @@ def _rounded_by(noise: Tensor, ratio: Tensor) -> Tensor:
     return below.add_(noise < ratio.sub_(below))
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Tensor:
-    """(codes - zero) * scale, float32, of the shape of codes. The first code begins a group."""
-    values = codes.reshape(-1).float()
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(codes - zero) * scale of the shape of codes. The first code begins a group.
+
+    zeros: of any dtype that holds them. dtype: float32 or bfloat16, which holds codes - zero
+    exactly, so that the product with the float32 scale is the only thing that is rounded.
+    """
+    values = codes.reshape(-1).to(dtype)
     for groups, elements in _groups(values.numel(), group):
         rows = values[elements].view(groups.stop - groups.start, -1)
         rows.sub_(zeros[groups].unsqueeze(1)).mul_(scales[groups].unsqueeze(1))

@@ -1,141 +1,118 @@
-"""Head and cross-entropy in one: the logits exist for one slice at a time.
+"""Head and cross-entropy in one: logits and their gradient exist for one slice of W at a time.
 
     l = x W',   loss = c sum_n (log sum exp l_n - l_n[target_n]),   c: a given scale
     G = c (softmax(l) - onehot),   dx = G W,   dW = G' x
 
-Slices of tokens make everything in one pass over the logits, but dW is a sum over the slices.
-Slices of the vocabulary make each part of dW once and in its place, but the softmax needs the sums
-of all of them first, so the logits are made twice. Exponentials and sums are float32 whatever the
-dtype of x and W.
+The softmax needs the sum over the whole vocabulary, so there are two passes over slices of W:
+
+    loss, softmax = cross_entropy(x, weight, targets, scale)
+    grad_x = cross_entropy_backward(x, weight, targets, scale, softmax, take)   # take(start, rows)
+
+The second hands the rows of dW over as soon as they are there, so no dW is ever whole. It makes the
+logits again, unless the first was told to keep them; the bits are the same. Exponentials and sums
+are float32 whatever the dtype of x and W, in pieces of a slice's tokens.
 """
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lowmem.kernels.slices import pieces
+from lowmem.kernels.slices import pieces, slice_elements
+from lowmem.phases import phase
 
-SLICE_ELEMENTS = 2**24  # of logits that exist at a time, and of products on their way to dW
-FEWEST_ROWS, MOST_ROWS = 256, 2048  # of W in a slice: fewer are slow, more only take memory
-LARGE_WEIGHT = 2**25  # elements
+SLICE_ROWS = 4096
+"""Of W in a slice, whatever the number of tokens, so that memory grows with it in a straight line.
+A product of that many columns is as fast as a whole one; fewer rows would take less memory, but
+add more roundings to dx. A multiple of 256: row slices then hold whole blocks of 8-bit moments."""
+
 IGNORED = -100  # a target that is no target
 
-Made = tuple[Tensor, Tensor | None, Tensor | None]
-Form = Callable[[Tensor, Tensor, Tensor, float, bool], Made]
+TakeRows = Callable[[int, Tensor], None]
+"""take(start, rows): the rows start, start + 1, ... of a gradient, which it may keep."""
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: float, with_gradients: bool
-) -> Made:
-    """(loss, dx, dW): x (n, h), weight (V, h), targets (n) int64 of which -100 are skipped.
+@dataclass
+class Softmax:
+    """What the second pass needs of the first.
 
-    loss: the scaled sum as a float32 scalar. dx, dW: None without gradients; in the dtype of x and
-    W, though what is summed over slices in a lower dtype is summed in float32.
+    log_total: (n, 1) float32, logarithm of the sum of exponentials; infinite without a target.
+    logits: of each slice (n, rows) in x's dtype, if they were kept; the second pass takes them out.
     """
-    form = by_vocabulary if slices_vocabulary(weight) else by_tokens
-    return form(x, weight, targets, scale, with_gradients)
+
+    log_total: Tensor
+    logits: deque[Tensor] = field(default_factory=deque)
 
 
-def slices_vocabulary(weight: Tensor) -> bool:
-    """Whether W is sliced instead of x: when it is large and of a low precision.
+def cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: float, *, keep_logits: bool = False
+) -> tuple[Tensor, Softmax]:
+    """(loss, softmax): x (n, h), weight (V, h), targets (n) int64 of which -100 are skipped.
 
-    There a float32 sum of dW and its cast, three times the bytes of W, would be the peak of the
-    whole update. A smaller sum is not worth making the logits twice, and float32 needs no cast.
+    loss: the scaled sum as a float32 scalar; NaN where a target is outside the vocabulary.
     """
-    return weight.element_size() < 4 and weight.numel() > LARGE_WEIGHT
-
-
-def by_tokens(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: float, with_gradients: bool
-) -> Made:
-    """One pass over slices of tokens."""
-    rows = max(1, SLICE_ELEMENTS // weight.shape[0])
-    several = len(x) > rows
-    loss = torch.zeros((), dtype=torch.float32, device=x.device)
-    grad_x = torch.empty_like(x) if with_gradients else None
-    grad_weight = None
-    for start, stop in pieces(len(x), rows, x.is_meta):
-        part, wanted = x[start:stop], targets[start:stop]
-        logits = _logits(part, weight)
-        losses, total = _token_losses(logits, wanted)
-        loss += losses.sum()
-        if grad_x is not None:
-            logits = _to_gradient(logits, total, wanted).to(part.dtype)  # from here their gradient
-            present = (wanted != IGNORED).unsqueeze(1)
-            grad_x[start:stop].addmm_(logits, weight, beta=0, alpha=scale).mul_(present)
-            grad_weight = _accumulate(grad_weight, logits, part * present, scale, several)
-        del logits  # before the next slice's are made
-    if grad_weight is not None:
-        grad_weight = grad_weight.to(weight.dtype)
-    return loss.mul_(scale), grad_x, grad_weight
-
-
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    return (x @ weight.t()).float()
-
-
-def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss per token, zero where there is no target; sum of exponentials (n, 1)).
-
-    Leaves exp(logit - largest logit) in `logits`.
-    """
-    logits.sub_(logits.amax(1, keepdim=True))
-    picked = logits.gather(1, targets.clamp(min=0).unsqueeze(1))
-    total = logits.exp_().sum(1, keepdim=True)
-    return total.log().sub_(picked).squeeze(1).masked_fill_(targets == IGNORED, 0), total
-
-
-def _to_gradient(exponentials: Tensor, total: Tensor, targets: Tensor) -> Tensor:
-    """softmax - onehot, in place; rows without a target are left for the caller to blank."""
-    softmax = exponentials.div_(total)
-    index = targets.clamp(min=0).unsqueeze(1)
-    return softmax.scatter_(1, index, softmax.gather(1, index) - 1)
-
-
-def _accumulate(
-    total: Tensor | None, grad: Tensor, x: Tensor, scale: float, several: bool
-) -> Tensor:
-    """total + scale grad' x; of several slices the sum is float32."""
-    if total is None:
-        dtype = torch.float32 if several else x.dtype
-        total = torch.zeros(grad.shape[1], x.shape[1], dtype=dtype, device=x.device)
-    if total.dtype == x.dtype:
-        return total.addmm_(grad.t(), x, alpha=scale)
-    rows = max(1, SLICE_ELEMENTS // x.shape[1])
-    for start, stop in pieces(len(total), rows, total.is_meta):
-        total[start:stop].add_(grad[:, start:stop].t() @ x, alpha=scale)
-    return total
-
-
-def by_vocabulary(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: float, with_gradients: bool
-) -> Made:
-    """Two passes over slices of the vocabulary: the sums of exponentials, then the gradients."""
-    rows = min(MOST_ROWS, max(FEWEST_ROWS, SLICE_ELEMENTS // max(1, len(x))))
     targets = targets.unsqueeze(1)
     ignored = targets == IGNORED
     log_total = x.new_full(targets.shape, -math.inf, dtype=torch.float32)
     # NaN until the slice with the target comes: one outside the vocabulary does not go unseen.
     picked = torch.full_like(log_total, math.nan)
-    for start, stop in pieces(len(weight), rows, weight.is_meta):
-        part = weight[start:stop]
-        _add_to_totals(log_total, picked, _logits(x, part), targets - start)
+    softmax = Softmax(log_total)
+    for start, stop in row_slices(len(weight)):
+        logits = x @ weight[start:stop].t()
+        for tokens in _token_pieces(logits):
+            exact = logits[tokens].to(torch.float32, copy=keep_logits)
+            _add_to_totals(log_total[tokens], picked[tokens], exact, targets[tokens] - start)
+            del exact
+        if keep_logits:
+            softmax.logits.append(logits)
+        del logits  # before the next slice's are made
     loss = picked.neg_().add_(log_total).masked_fill_(ignored, 0).sum().mul_(scale)
-    if not with_gradients:
-        return loss, None, None
-    log_total.masked_fill_(ignored, math.inf)  # no target: softmax and gradient are zero
-    # In bf16 every slice would round the sum: relative error 1.0e-2 instead of 1.8e-3 (125 slices).
-    grad_x = torch.zeros_like(x, dtype=torch.float32)
-    grad_weight = torch.empty_like(weight)
-    for start, stop in pieces(len(weight), rows, weight.is_meta):
+    log_total.masked_fill_(ignored, math.inf)  # softmax and gradient will be zero
+    return loss, softmax
+
+
+def cross_entropy_backward(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: float, softmax: Softmax, take: TakeRows
+) -> Tensor:
+    """dx (n, h); the rows of dW go to `take`, slice by slice from the first to the last.
+
+    Arguments as those of `cross_entropy`. `take` may change the rows of W that it is given the
+    gradient of. dx: float32, for in bf16 every slice would round the sum once more: the relative
+    error is 3.6e-3 instead of 2.3e-3 of 32000 rows, and 1.2e-2 instead of 2.0e-3 of 128256.
+    """
+    targets = targets.unsqueeze(1)
+    with phase("loss"):
+        grad_x = torch.zeros_like(x, dtype=torch.float32)
+    for start, stop in row_slices(len(weight)):
         part = weight[start:stop]
-        grad = _softmax_less_onehot(_logits(x, part), log_total, targets - start).to(x.dtype)
-        grad_weight[start:stop].addmm_(grad.t(), x, beta=0, alpha=scale)
-        grad_x.add_(grad @ part, alpha=scale)
+        with phase("loss"):
+            grad = softmax.logits.popleft() if softmax.logits else x @ part.t()
+            _turn_into_gradient(grad, softmax.log_total, targets - start)
+            if grad.dtype == grad_x.dtype:
+                grad_x.addmm_(grad, part, alpha=scale)
+            else:
+                grad_x.add_(grad @ part, alpha=scale)
+        rows = torch.empty_like(part).addmm_(grad.t(), x, beta=0, alpha=scale)
         del grad
-    return loss, grad_x.to(x.dtype), grad_weight
+        take(start, rows)
+        del rows
+    return grad_x
+
+
+def row_slices(rows: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of slices of a matrix with a row per token of the vocabulary."""
+    # All of them, on meta too: kept logits add up, and every gradient row must arrive.
+    return pieces(rows, SLICE_ROWS, False)
+
+
+def _token_pieces(logits: Tensor) -> Iterator[slice]:
+    """Rows of which a float32 copy may exist."""
+    rows = max(1, slice_elements(logits) // logits.shape[1])
+    for start, stop in pieces(len(logits), rows, logits.is_meta):
+        yield slice(start, stop)
 
 
 def _add_to_totals(log_total: Tensor, picked: Tensor, logits: Tensor, wanted: Tensor) -> None:
@@ -150,9 +127,14 @@ def _add_to_totals(log_total: Tensor, picked: Tensor, logits: Tensor, wanted: Te
     torch.logaddexp(log_total, total.log_().add_(largest), out=log_total)
 
 
-def _softmax_less_onehot(logits: Tensor, log_total: Tensor, wanted: Tensor) -> Tensor:
-    """exp(logits - log_total) - onehot of a slice, in place."""
-    softmax = logits.sub_(log_total).exp_()
-    column = wanted.clamp(0, softmax.shape[1] - 1)
-    hit = (column == wanted).to(softmax.dtype)
-    return softmax.scatter_(1, column, softmax.gather(1, column).sub_(hit))
+def _turn_into_gradient(logits: Tensor, log_total: Tensor, wanted: Tensor) -> None:
+    """logits <- exp(logits - log_total) - onehot, in place; computed in float32."""
+    for tokens in _token_pieces(logits):
+        part = logits[tokens]
+        softmax = part.float()
+        softmax.sub_(log_total[tokens]).exp_()
+        column = wanted[tokens].clamp(0, softmax.shape[1] - 1)
+        hit = (column == wanted[tokens]).to(softmax.dtype)
+        softmax.scatter_(1, column, softmax.gather(1, column).sub_(hit))
+        if softmax.dtype != part.dtype:
+            part.copy_(softmax)

@@ -44,15 +44,19 @@ def flat_slices(tensor: Tensor) -> Iterator[slice]:
         yield slice(start, stop)
 
 
-def row_slices(tensor: Tensor, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+def row_slices(
+    tensor: Tensor, block: int = BLOCK, elements: int | None = None
+) -> Iterator[tuple[int, int]]:
     """(start, stop) of groups of rows along the first dimension.
 
     start * row length is a multiple of `block`, so that the group is one of whole blocks.
+    elements: of a group, if not as many as suit the device; more where one aligned row needs it.
     """
     rows = tensor.shape[0]
     width = max(1, tensor.numel() // max(1, rows))
     aligned = block // math.gcd(width, block)
-    step = max(1, slice_elements(tensor) // (width * aligned)) * aligned
+    most = elements or slice_elements(tensor)
+    step = max(1, most // (width * aligned)) * aligned
     return pieces(rows, step, tensor.is_meta)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowmem"
 
 FOUNDATION = {"errors", "units", "naming", "phases", "tensorfile"}
-_PARTS = {*FOUNDATION, "kernels", "config.schema"}
+_PARTS = {*FOUNDATION, "kernels", "config.schema", "config.recompute"}
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "kernels": FOUNDATION,
@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "optim": _PARTS,
     "data": _PARTS,
     # The rehearsal counts what ops allocate inside, which the kernels declare.
-    "planner": {*FOUNDATION, "kernels", "model", "optim", "config"},
+    # Calibrations lie in the cache.
+    "planner": {*FOUNDATION, "kernels", "model", "optim", "config", "data.cache"},
     "train": {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner"},
     "cli": {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner", "train"},
     "__main__": {"cli"},

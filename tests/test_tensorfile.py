@@ -16,7 +16,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.errors import CheckpointError
-from lowmem.tensorfile import read_tensors, sha256_of, write_tensors
+from lowmem.tensorfile import Pending, read_tensor, read_tensors, sha256_of, write_tensors
 
 DTYPES = [
     torch.float64,
@@ -134,6 +134,26 @@ def test_only_one_copy_lives_at_a_time(tmp_path: Path) -> None:
         write_tensors(tmp_path / "copies", pairs)
     assert len(copies.clones) == len(pairs)
     assert copies.most == 1
+
+
+def test_a_pending_tensor_is_made_when_it_is_written_and_then_forgotten(tmp_path: Path) -> None:
+    shape, dtype = (8, 4), torch.bfloat16
+    wanted = {name: torch.full(shape, ord(name), dtype=dtype) for name in "abc"}
+    pending = [(name, Pending(dtype, shape, wanted[name].clone)) for name in wanted]
+    with LiveCopies() as copies:
+        checksum = write_tensors(tmp_path / "pending", pending)
+    assert checksum == write_tensors(tmp_path / "there", wanted.items())
+    assert len(copies.clones) == 3
+    assert copies.most == 1
+    assert same(read_tensor(tmp_path / "pending", "b"), wanted["b"])
+    with pytest.raises(CheckpointError, match="cannot read"):
+        read_tensor(tmp_path / "pending", "d")
+
+
+@pytest.mark.parametrize("made", [torch.ones(2), torch.ones(3).half()])
+def test_a_pending_tensor_that_becomes_another_is_refused(made: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a became"):
+        write_tensors(tmp_path / "x", [("a", Pending(torch.float32, (3,), lambda: made))])
 
 
 def test_names_twice_and_unknown_dtypes_are_refused_before_writing(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ FLAGS = {
     "--micro-batch": "train.micro_batch",
     "--update": "train.update",
     "--recompute": "train.recompute",
+    "--logits": "train.logits",
     "--attention": "train.attention",
     "--clip": "train.clip",
     "--weights": "train.weights",

@@ -24,6 +24,7 @@ from lowmem.kernels.attention import Backend, Statistics, attention, attention_b
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
 from lowmem.kernels.rope import rotate_
 from lowmem.kernels.swiglu import swiglu, swiglu_backward
+from lowmem.model.int8 import Int8Linear
 from lowmem.phases import phase
 
 GradientSink = Callable[[str, Tensor], None]
@@ -47,6 +48,17 @@ class Linear(nn.Module):
         out = torch.addmm(residual, x, self.weight.t())
         return out if self.bias is None else out.add_(self.bias)
 
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """grad W: (n, outputs) -> (n, inputs)."""
+        return grad @ self.weight
+
+    def add_input_gradient(self, total: Tensor, grad: Tensor) -> None:
+        """total += grad W, in place."""
+        total.addmm_(grad, self.weight)
+
+
+AnyLinear = Linear | Int8Linear
+
 
 class Norm(nn.Module):
     """The uninitialised weight of an RMSNorm."""
@@ -59,36 +71,43 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """The four projections of grouped-query attention."""
 
-    def __init__(self, config: ModelConfig, **where: Any) -> None:
+    def __init__(self, config: ModelConfig, linear: type[AnyLinear], **where: Any) -> None:
         super().__init__()
         h, kv, bias = config.hidden_size, config.key_value_width, config.attention_bias
         width = config.num_attention_heads * config.head_dim
-        self.q_proj = Linear(h, width, bias, **where)
-        self.k_proj = Linear(h, kv, bias, **where)
-        self.v_proj = Linear(h, kv, bias, **where)
-        self.o_proj = Linear(width, h, bias, **where)
+        self.q_proj: AnyLinear = linear(h, width, bias, **where)
+        self.k_proj: AnyLinear = linear(h, kv, bias, **where)
+        self.v_proj: AnyLinear = linear(h, kv, bias, **where)
+        self.o_proj: AnyLinear = linear(width, h, bias, **where)
 
 
 class Mlp(nn.Module):
     """The three projections of the gated MLP."""
 
-    def __init__(self, config: ModelConfig, **where: Any) -> None:
+    def __init__(self, config: ModelConfig, linear: type[AnyLinear], **where: Any) -> None:
         super().__init__()
         h, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(h, f, bias, **where)
-        self.up_proj = Linear(h, f, bias, **where)
-        self.down_proj = Linear(f, h, bias, **where)
+        self.gate_proj: AnyLinear = linear(h, f, bias, **where)
+        self.up_proj: AnyLinear = linear(h, f, bias, **where)
+        self.down_proj: AnyLinear = linear(f, h, bias, **where)
 
 
 class Block(nn.Module):
-    """Attention and MLP with their norms; `index` counts from 0."""
+    """Attention and MLP with their norms; `index` counts from 0. linear: of the projections."""
 
-    def __init__(self, config: ModelConfig, index: int, backend: Backend, **where: Any) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        backend: Backend,
+        linear: type[AnyLinear],
+        **where: Any,
+    ) -> None:
         super().__init__()
         self.index, self.backend = index, backend
         self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
-        self.self_attn = Attention(config, **where)
-        self.mlp = Mlp(config, **where)
+        self.self_attn = Attention(config, linear, **where)
+        self.mlp = Mlp(config, linear, **where)
         self.input_layernorm = Norm(config.hidden_size, **where)
         self.post_attention_layernorm = Norm(config.hidden_size, **where)
 
@@ -150,19 +169,19 @@ class Block(nn.Module):
         gate, up = kept.pop("gate"), kept.pop("up")
         with phase("gradient of mlp.down"):
             made = _weight_gradients(grad, swiglu(gate, up), mlp.down_proj)
-            grad_product = grad @ mlp.down_proj.weight
+            grad_product = mlp.down_proj.input_gradient(grad)
             self._hand(hand, "mlp.down_proj", made)
         swiglu_backward(grad_product, gate, up)  # gate and up now hold their own gradients
         del grad_product
         x1, rstd = kept.pop("x1"), kept.pop("rstd2")
         y = rms_norm_again(x1, norm.weight, rstd)
         with phase("gradient of mlp.up"):
-            grad_y = up @ mlp.up_proj.weight
+            grad_y = mlp.up_proj.input_gradient(up)
             made = _weight_gradients(up, y, mlp.up_proj)
             del up
             self._hand(hand, "mlp.up_proj", made)
         with phase("gradient of mlp.gate"):
-            grad_y.addmm_(gate, mlp.gate_proj.weight)
+            mlp.gate_proj.add_input_gradient(grad_y, gate)
             made = _weight_gradients(gate, y, mlp.gate_proj)
             del gate, y
             self._hand(hand, "mlp.gate_proj", made)
@@ -178,24 +197,24 @@ class Block(nn.Module):
         proj, norm = self.self_attn, self.input_layernorm
         with phase("gradient of attention.o"):
             made = _weight_gradients(grad, kept["out"], proj.o_proj)
-            grad_out = grad @ proj.o_proj.weight
+            grad_out = proj.o_proj.input_gradient(grad)
             self._hand(hand, "self_attn.o_proj", made)
         grad_q, grad_k, grad_v = self._attend_backward(grad_out, kept, rotation)
         del grad_out
         rstd = kept.pop("rstd1")
         y = rms_norm_again(x, norm.weight, rstd)
         with phase("gradient of attention.v"):
-            grad_y = grad_v @ proj.v_proj.weight
+            grad_y = proj.v_proj.input_gradient(grad_v)
             made = _weight_gradients(grad_v, y, proj.v_proj)
             del grad_v
             self._hand(hand, "self_attn.v_proj", made)
         with phase("gradient of attention.k"):
-            grad_y.addmm_(grad_k, proj.k_proj.weight)
+            proj.k_proj.add_input_gradient(grad_y, grad_k)
             made = _weight_gradients(grad_k, y, proj.k_proj)
             del grad_k
             self._hand(hand, "self_attn.k_proj", made)
         with phase("gradient of attention.q"):
-            grad_y.addmm_(grad_q, proj.q_proj.weight)
+            proj.q_proj.add_input_gradient(grad_y, grad_q)
             made = _weight_gradients(grad_q, y, proj.q_proj)
             del grad_q, y
             self._hand(hand, "self_attn.q_proj", made)
@@ -226,7 +245,7 @@ class Block(nn.Module):
             hand(f"model.layers.{self.index}.{module}.{name}", gradients.pop(name))
 
 
-def _weight_gradients(grad: Tensor, x: Tensor, layer: Linear) -> dict[str, Tensor]:
+def _weight_gradients(grad: Tensor, x: Tensor, layer: AnyLinear) -> dict[str, Tensor]:
     """Gradients of weight and bias of a layer with input x (n, inputs) and output's `grad`."""
     made = {"weight": grad.t() @ x}
     if layer.bias is not None:

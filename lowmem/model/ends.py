@@ -1,8 +1,10 @@
 """The two ends of the decoder as autograd sees them: token embedding, and final norm with the loss.
 
-The loss makes the head's gradient in its forward (`kernels/linear_cross_entropy.py`) and hands it
-over when backward begins. Where embedding and head are one matrix that gradient waits in `tied`
-until the embedding's is there, and the sum is handed over once.
+Both hand the gradient of their matrix over in row slices of the vocabulary, made one at a time
+(`kernels/linear_cross_entropy.py`), so it never exists as a whole. Where embedding and head are one
+matrix, its first slices are ready at the beginning of backward and nothing may be done with them
+before the last blocks are through: there the head's gradient waits in `tied`, whole; the slices of
+the embedding's are added to it, and the sum is handed over at once.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lowmem.kernels.drawn_targets import drawn_targets
-from lowmem.kernels.linear_cross_entropy import linear_cross_entropy
+from lowmem.kernels.linear_cross_entropy import cross_entropy, cross_entropy_backward, row_slices
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_backward
 from lowmem.phases import phase
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:  # llama.py imports this file
     from lowmem.model.llama import Llama
 
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+NORM = "model.norm.weight"
 
 
 class EmbeddingStep(torch.autograd.Function):
@@ -37,31 +41,43 @@ class EmbeddingStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         model: Llama = ctx.model
+        rows, padding = model.config.vocab_size, model.config.pad_token_id
         with phase("gradient of embedding"):
-            made = _embedding_gradient(grad, ctx.inputs, model)
-            del grad
+            # In bf16, one row after the other, a frequent token would lose most of its sum.
+            exact = grad.float()
+            for start, stop in row_slices(rows):
+                made = embedding_rows(exact, ctx.inputs, start, stop, padding).to(grad.dtype)
+                if ctx.tied:
+                    ctx.tied[0][start:stop].add_(made)
+                else:
+                    model.hand_rows(EMBEDDING, start, made)
+                del made  # before the next slice's are made
+            del exact
             if ctx.tied:
-                made.add_(ctx.tied.pop())
-            model.hand(EMBEDDING, made)
+                model.hand(EMBEDDING, ctx.tied.pop())
         return None, None, None, None
 
 
-def _embedding_gradient(grad: Tensor, inputs: Tensor, model: "Llama") -> Tensor:
-    """(V, h): sums of the rows of `grad` (n, h) by token; that of the padding token stays zero.
+def embedding_rows(
+    grad: Tensor, inputs: Tensor, start: int, stop: int, padding: int | None
+) -> Tensor:
+    """Rows start to stop (excluded) of the embedding's gradient, (stop - start, h) like `grad`.
 
-    Summed in float32: one row after the other in bf16, as the CPU and (up to 3,072 tokens) CUDA do
-    it, a frequent token would lose most of its sum, and the result would depend on the micro-batch.
+    grad: (n, h), summed by its tokens `inputs` (n); on the CPU in their order. Shapes do not depend
+    on the tokens. The row of `padding` stays zero.
     """
-    padding = model.config.pad_token_id
-    wide = grad.float()
-    made = torch.ops.aten.embedding_dense_backward(
-        wide, inputs, model.config.vocab_size, -1 if padding is None else padding, False
-    )
-    return made.to(grad.dtype)
+    # Tokens of other slices are padding: its row, one behind the others, is left out of the sums.
+    count = stop - start
+    outside = (inputs < start).logical_or_(inputs >= stop)
+    if padding is not None:
+        outside.logical_or_(inputs == padding)
+    index = (inputs - start).masked_fill_(outside, count)
+    made = torch.ops.aten.embedding_dense_backward(grad, index, count + 1, count, False)
+    return made[:count]
 
 
 class LossStep(torch.autograd.Function):
-    """Final norm, head and cross-entropy; both gradients are made in the forward.
+    """Final norm, head and cross-entropy.
 
     seed: targets are drawn from the predictions instead.
     """
@@ -77,29 +93,37 @@ class LossStep(torch.autograd.Function):
         seed: int | None,
     ) -> Tensor:
         y, rstd = rms_norm(x, model.model.norm.weight, model.config.rms_norm_eps)
-        wanted = ctx.needs_input_grad[0]
         if seed is not None:
             targets = drawn_targets(y, model.head_weight, targets, seed)
-        made = linear_cross_entropy(y, model.head_weight, targets, scale, wanted)
-        ctx.made = (*made[1:], x, rstd)
+        loss, softmax = cross_entropy(
+            y, model.head_weight, targets, scale, keep_logits=model.keep_logits
+        )
+        ctx.kept = x, rstd, y, targets, scale, softmax
         ctx.model, ctx.tied = model, tied
-        return made[0]
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         model: Llama = ctx.model
-        grad_y, grad_head, x, rstd = ctx.made
-        del ctx.made  # the loss keeps this node alive until after the last block
-        with phase("gradient of head"):
-            grad_head.mul_(grad)
-            if model.config.tie_word_embeddings:
-                ctx.tied.append(grad_head)
+        x, rstd, y, targets, scale, softmax = ctx.kept
+        del ctx.kept  # the loss keeps this node alive until after the last block
+        weight = model.head_weight
+
+        def take(start: int, rows: Tensor) -> None:
+            rows.mul_(grad)
+            if ctx.tied:
+                ctx.tied[0][start : start + len(rows)] = rows
             else:
-                model.hand("lm_head.weight", grad_head)
-            del grad_head
+                model.hand_rows(HEAD, start, rows)
+
+        with phase("gradient of head"):
+            if model.config.tie_word_embeddings:
+                ctx.tied.append(torch.empty_like(weight))
+            grad_y = cross_entropy_backward(y, weight, targets, scale, softmax, take)
+            del y, softmax
+            grad_y = grad_y.mul_(grad).to(x.dtype)
         with phase("gradient of norm"):
-            grad_y.mul_(grad)
             weight = model.model.norm.weight
-            model.hand("model.norm.weight", rms_norm_backward(grad_y, x, weight, rstd))
+            model.hand(NORM, rms_norm_backward(grad_y, x, weight, rstd))
         return grad_y, None, None, None, None, None

@@ -2,10 +2,18 @@
 
 model = load_folder(Path("meta-llama"), torch.bfloat16, "cuda")
 save_folder(model, Path("export"), tokenizer=None)     # AutoModelForCausalLM reads it
+
+A model in 8-bit codes is saved in the same layout, but under a file name that only lowmem knows:
+found as model.safetensors, transformers would miss its matrices and draw random ones instead.
+
+write_floats(Path("checkpoint"), Path("export"))       # from codes what AutoModelForCausalLM reads
 """
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +27,14 @@ from lowmem.config.huggingface import (
 )
 from lowmem.config.schema import ModelConfig
 from lowmem.errors import CheckpointError
+from lowmem.kernels.grouped_weight import Weight
+from lowmem.model.int8 import GROUP
 from lowmem.model.llama import Llama
-from lowmem.tensorfile import read_tensors, stays_inside, write_tensors
+from lowmem.tensorfile import Pending, read_tensor, read_tensors, write_tensors
 
 WEIGHTS = "model.safetensors"
+CODES = "lowmem-int8.safetensors"  # weights of a model in codes
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors")
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}  # transformers refuses files without it
 
@@ -37,14 +49,15 @@ class SavedTokenizer(Protocol):
 
 
 def save_folder(model: Llama, folder: Path, tokenizer: SavedTokenizer | None = None) -> None:
-    """Write config.json, generation_config.json and model.safetensors, and the tokenizer's files.
+    """Write config.json, generation_config.json and the weights, and the tokenizer's files.
 
     The folder is made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in folder_files(model, tokenizer).items():
         (folder / name).write_bytes(content)
-    write_tensors(folder / WEIGHTS, folder_weights(model), METADATA)
+    name, metadata = weights_file(model)
+    write_tensors(folder / name, folder_weights(model), metadata)
 
 
 def folder_files(model: Llama, tokenizer: SavedTokenizer | None = None) -> dict[str, bytes]:
@@ -63,9 +76,18 @@ def folder_files(model: Llama, tokenizer: SavedTokenizer | None = None) -> dict[
     return files | tokenizer.files() if tokenizer is not None else files
 
 
+def weights_file(model: Llama) -> tuple[str, dict[str, str]]:
+    """Name and metadata of the file that holds the weights."""
+    return (
+        (CODES, {"format": "lowmem-int8", "group": str(GROUP)})
+        if model.int8
+        else (WEIGHTS, METADATA)
+    )
+
+
 def folder_weights(model: Llama) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of what model.safetensors holds."""
-    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    """(name, tensor) of what the file of the weights holds: codes where there are codes."""
+    return list(model.state_dict().items())
 
 
 def load_folder(
@@ -78,23 +100,92 @@ def load_folder(
 ) -> Llama:
     """The model of a Hugging Face folder, single file or sharded, cast to `dtype`.
 
-    One tensor at a time is in host memory. CheckpointError: a file, tensor or shape that does not
-    match, by name; ConfigError: a config.json of another model.
+    What is stored as codes stays codes, and `dtype` is that of the rest. One tensor at a time is in
+    host memory. CheckpointError: a file, tensor or shape that does not match, by name; ConfigError:
+    a config.json of another model.
     """
-    data = _read_json(folder / "config.json")
-    config = model_config_from_huggingface(data)
-    model = Llama(config, dtype=dtype, device=device, recompute=recompute, attention=attention)
+    config = model_config_from_huggingface(_read_json(folder / "config.json"))
+    _require_size(folder, config)
+    model = Llama(
+        config,
+        dtype=dtype,
+        device=device,
+        int8=in_codes(folder),
+        recompute=recompute,
+        attention=attention,
+    )
     load_weights(model, folder)
     return model
 
 
+def in_codes(folder: Path) -> bool:
+    """Are the weights of this folder 8-bit codes?"""
+    return (folder / CODES).is_file()
+
+
+def dtype_of(config: dict[str, Any]) -> torch.dtype:
+    """Of the weights that are no codes, by a config.json. CheckpointError: another than floats."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    dtypes = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in dtypes:
+        raise CheckpointError(
+            f"weights of dtype {name!r}", f"allowed: {', '.join(dtypes)}", "convert the weights"
+        )
+    return dtypes[name]
+
+
+def float_weights(folder: Path) -> list[tuple[str, Pending]]:
+    """Every weight of a folder in codes as floats of its config.json's dtype, made one at a time.
+
+    CheckpointError: a config.json or tensor that does not match; the latter when it is made.
+    """
+    data = _read_json(folder / "config.json")
+    config, dtype = model_config_from_huggingface(data), dtype_of(data)
+    shapes = Llama(config, dtype=dtype, device="meta", int8=True, attention="cpu")
+    return [
+        (name, Pending(dtype, tuple(weight.shape), partial(_floats, folder, name, weight)))
+        for name, weight in shapes.weights().items()
+    ]
+
+
+def _floats(folder: Path, name: str, expected: Weight) -> Tensor:
+    """A weight that a folder in codes holds, in the dtype, and of the shape, that is expected."""
+
+    def read(key: str, like: Tensor) -> Tensor:
+        found = read_tensor(folder / CODES, key)
+        if found.shape != like.shape:
+            shapes = f"{tuple(found.shape)} instead of {tuple(like.shape)}"
+            raise _mismatch(folder, f"{key} has shape {shapes}")
+        return found.to(like.dtype)
+
+    if isinstance(expected, Tensor):
+        return read(name, expected)
+    module = name.removesuffix("weight")
+    found = replace(
+        expected,
+        codes=read(f"{module}codes", expected.codes),
+        scales=read(f"{module}scales", expected.scales),
+        zeros=read(f"{module}zeros", expected.zeros),
+    )
+    return found.values(expected.dtype)
+
+
+def write_floats(folder: Path, out: Path) -> None:
+    """Write the weights of a folder in codes to `out` as floats, one tensor in memory at a time."""
+    write_tensors(out / WEIGHTS, float_weights(folder), {"format": "pt"})
+
+
 @torch.no_grad()
 def load_weights(model: Llama, folder: Path) -> None:
-    """Copy the weights of a Hugging Face folder into `model`, strictly.
+    """Copy the weights of a Hugging Face folder into `model`, strictly: codes only into codes.
 
     CheckpointError: a file, tensor or shape that does not match, by name.
     """
-    wanted = dict(model.named_parameters())
+    wanted = model.state_dict()
     missing = set(wanted)
     for name, tensor in _stored(folder):
         if name not in wanted:
@@ -110,6 +201,17 @@ def load_weights(model: Llama, folder: Path) -> None:
         raise _mismatch(folder, f"no tensor for {', '.join(sorted(missing)[:5])}")
 
 
+def _require_size(folder: Path, config: ModelConfig) -> None:
+    """CheckpointError for a config.json of a model that its files cannot hold.
+
+    Found before the model is made: a damaged number must not take all the memory there is.
+    """
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if 0 < held < config.parameters:  # a weight takes a byte at least
+        needed = f"{config.parameters:,} weights, the files have {held:,} bytes"
+        raise _mismatch(folder, f"config.json describes {needed}")
+
+
 def _may_be_skipped(name: str, config: ModelConfig) -> bool:
     """A second copy of a tied head, and rotary tables that old versions of transformers stored."""
     tied = config.tie_word_embeddings and name == "lm_head.weight"
@@ -118,13 +220,13 @@ def _may_be_skipped(name: str, config: ModelConfig) -> bool:
 
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of the folder's safetensors, one at a time."""
-    if (folder / INDEX).exists():
-        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+    if in_codes(folder):
+        files = [CODES]
+    elif (folder / INDEX).exists():
+        files = _indexed(folder / INDEX)
     else:
         files = [WEIGHTS]
     for file in files:
-        if not stays_inside(file):
-            raise _mismatch(folder, f"{INDEX} names {file!r}, a path that leaves the folder")
         if not (folder / file).exists():
             raise CheckpointError(
                 f"{folder / file} is missing",
@@ -132,6 +234,19 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 "copy the whole folder; convert pytorch_model.bin with save_pretrained",
             )
         yield from read_tensors(folder / file)
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names, each in its own folder; CheckpointError for anything else."""
+    table = _read_json(index).get("weight_map")
+    names = list(table.values()) if isinstance(table, dict) else []
+    if not names or not all(isinstance(name, str) and _FILE.fullmatch(name) for name in names):
+        raise CheckpointError(
+            f"{index} has no weight_map of tensors to .safetensors files beside it",
+            "weights are read from the model's own folder only",
+            "copy the whole folder again",
+        )
+    return sorted(set(names))
 
 
 def _mismatch(folder: Path, what: str) -> CheckpointError:
@@ -144,15 +259,20 @@ def _mismatch(folder: Path, what: str) -> CheckpointError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing", "a Hugging Face folder holds it", "give the model's folder"
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no JSON: {error}", "the file is damaged", "copy the folder again"
         ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} is no JSON object", "the file is damaged", "copy the folder again"
+        )
+    return content
 
 
 def _json(data: dict[str, Any]) -> bytes:

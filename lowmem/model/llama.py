@@ -2,26 +2,30 @@
 
     model = Llama(config, dtype=torch.bfloat16, device="cuda")
     model.initialise(seed=0)
-    model.on_gradient = optimizer.receive          # (name, gradient), as soon as each is there
+    model.sink = optimizer                         # takes gradients as soon as they are there
     model.loss(inputs, targets, total_tokens).backward()
 
-Weights are no inputs of autograd: every gradient is made by hand in a fixed order, handed to
-`on_gradient` exactly once per backward, and held by nobody else. Left alone, `on_gradient` fills
-`parameter.grad` like any module.
+Weights are no inputs of autograd: every gradient is made by hand in a fixed order, handed to the
+`GradientSink` exactly once per backward (those of embedding and head in row slices), and held by
+nobody else. The sink that is there from the beginning fills `parameter.grad` like any module.
 """
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.config.recompute import levels_of
-from lowmem.config.schema import ModelConfig
+from lowmem.config.schema import ModelConfig, WeightFormat
 from lowmem.kernels import rope
 from lowmem.kernels.attention import Backend, choose_backend
-from lowmem.kernels.linear_cross_entropy import linear_cross_entropy
+from lowmem.kernels.grouped_weight import GroupedWeight, Weight
+from lowmem.kernels.linear_cross_entropy import cross_entropy
 from lowmem.kernels.rms_norm import rms_norm
+from lowmem.kernels.slices import row_slices
 from lowmem.kernels.vector_math import settle_vector_math
-from lowmem.model.block import Block, BlockStep, GradientSink, Linear, Norm, Rotation
+from lowmem.model.block import Block, BlockStep, Linear, Norm, Rotation
 from lowmem.model.ends import EmbeddingStep, LossStep
+from lowmem.model.int8 import GROUP, Int8Linear
+from lowmem.model.sink import GradientSink, ParameterGrads
 from lowmem.naming import seed_of
 from lowmem.phases import phase
 
@@ -43,21 +47,34 @@ class Decoder(nn.Module):
     """Embedding, blocks and final norm: what Hugging Face keeps under `model.`."""
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        int8: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         h, where = config.hidden_size, {"dtype": dtype, "device": device}
         self.embed_tokens = Linear(h, config.vocab_size, bias=False, **where)
-        indices = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(Block(config, i, backend, **where) for i in indices)
+        indices, linear = range(config.num_hidden_layers), Int8Linear if int8 else Linear
+        self.layers = nn.ModuleList(Block(config, i, backend, linear, **where) for i in indices)
         self.norm = Norm(h, **where)
+
+
+def compute_dtype(weights: WeightFormat, device: str) -> torch.dtype:
+    """Of activations, gradients and all weights that are no codes. device: "cpu" or "cuda"."""
+    exact = weights == "fp32" or (weights == "int8" and device == "cpu")
+    return torch.float32 if exact else torch.bfloat16
 
 
 class Llama(nn.Module):
     """The decoder with its head.
 
-    Parameters are allocated uninitialised on `device`, which may be "meta". recompute: what blocks
-    keep for backward. attention: "auto" takes the device's own; on meta it names the rehearsed one.
+    Weights are allocated uninitialised on `device`, which may be "meta". int8: the matrices of the
+    blocks are 8-bit codes, and dtype is that of the rest. recompute: what blocks keep for backward.
+    keep_logits: keep them, too, instead of making them twice. attention: "auto" takes the device's
+    own; on meta it names the rehearsed one.
     """
 
     def __init__(
@@ -66,20 +83,23 @@ class Llama(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        int8: bool = False,
         recompute: str = "keep",
+        keep_logits: bool = False,
         attention: str = "auto",
     ) -> None:
         super().__init__()
         device = torch.device(device)
         if device.type == "cpu":
             settle_vector_math()
-        self.config, self.recompute = config, recompute
+        self.config, self.int8 = config, int8
+        self.recompute, self.keep_logits = recompute, keep_logits
         self.backend = choose_backend(attention, device, dtype, config.head_dim)
-        self.model = Decoder(config, self.backend, dtype, device)
+        self.model = Decoder(config, self.backend, int8, dtype, device)
         if not config.tie_word_embeddings:
             h, vocabulary = config.hidden_size, config.vocab_size
             self.lm_head = Linear(h, vocabulary, bias=False, dtype=dtype, device=device)
-        self.on_gradient: GradientSink = self.accumulate
+        self.sink: GradientSink = ParameterGrads(self)
         self._rotations: dict[int, Rotation] = {}
 
     @property
@@ -87,14 +107,6 @@ class Llama(nn.Module):
         """(V, h): the head's own, or the embedding's where they are tied."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
-
-    def accumulate(self, name: str, gradient: Tensor) -> None:
-        """The default sink: add to the `.grad` of the parameter."""
-        parameter = self.get_parameter(name)
-        if parameter.grad is None:
-            parameter.grad = gradient
-        else:
-            parameter.grad.add_(gradient)
 
     def loss(self, inputs: Tensor, targets: Tensor, total_tokens: int) -> Tensor:
         """Sum of the tokens' cross-entropies / total_tokens, a float32 scalar to call backward on.
@@ -125,7 +137,7 @@ class Llama(nn.Module):
         """Sum of the tokens' cross-entropies, a float32 scalar; keeps nothing for a backward."""
         y = self._final(inputs)
         with phase("loss"):
-            return linear_cross_entropy(y, self.head_weight, targets.reshape(-1), 1.0, False)[0]
+            return cross_entropy(y, self.head_weight, targets.reshape(-1), 1.0)[0]
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
@@ -137,32 +149,49 @@ class Llama(nn.Module):
         """Matrices ~ N(0, initializer_range), norms 1, biases 0; on meta there is nothing to fill.
 
         Each matrix has a generator of its own and is drawn in float32 on the CPU, so every device
-        and dtype gets the same numbers up to rounding.
+        and format gets the same numbers up to rounding, codes rounded to nearest.
         """
-        for name, role in self.roles().items():
-            parameter = self.get_parameter(name)
-            if parameter.is_meta:
+        for name, weight in self.weights().items():
+            role = _role(name)
+            if weight.device.type == "meta":
                 continue
-            if role == "norm":
-                parameter.fill_(1)
-            elif role == "bias":
-                parameter.zero_()
+            if role in ("norm", "bias"):
+                assert isinstance(weight, Tensor)
+                weight.fill_(1 if role == "norm" else 0)
             else:
-                self._draw(parameter, seed_of(seed, f"init/{name}"))
+                self._draw(weight, seed_of(seed, f"init/{name}"))
+
+    def weights(self) -> dict[str, Weight]:
+        """Parameter name -> what an optimizer updates: the parameter, or codes in its place."""
+        found: dict[str, Weight] = {}
+        for prefix, module in self.named_modules():
+            if isinstance(module, Int8Linear):
+                found[f"{prefix}.weight"] = module.weight
+            found |= {f"{prefix}.{k}": v for k, v in module.named_parameters(recurse=False)}
+        return found
 
     def roles(self) -> dict[str, str]:
         """Parameter name -> what it is: attention.q, mlp.down, embedding, head, norm, bias ..."""
-        return {name: _role(name) for name, _ in self.named_parameters()}
+        return {name: _role(name) for name in self.weights()}
 
-    def _draw(self, matrix: Tensor, seed: int) -> None:
+    def _draw(self, matrix: Weight, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for rows in matrix.split(max(1, _DRAWN_ELEMENTS // matrix.shape[1])):
-            numbers = torch.empty(rows.shape, dtype=torch.float32, device="cpu")
-            rows.copy_(numbers.normal_(0, self.config.initializer_range, generator=generator))
+        shape_of = matrix if isinstance(matrix, Tensor) else matrix.codes
+        for start, stop in row_slices(shape_of, GROUP, _DRAWN_ELEMENTS):
+            numbers = torch.empty(stop - start, matrix.shape[1], dtype=torch.float32, device="cpu")
+            numbers.normal_(0, self.config.initializer_range, generator=generator)
+            if isinstance(matrix, GroupedWeight):
+                matrix.rows(start, stop).store(numbers.to(matrix.device))
+            else:
+                matrix[start:stop].copy_(numbers)
 
     def hand(self, name: str, gradient: Tensor) -> None:
         """To the sink that is set when the gradient is ready, not when the forward ran."""
-        self.on_gradient(name, gradient)
+        self.sink.receive(name, gradient)
+
+    def hand_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """The same for the rows start, start + 1, ... of a gradient."""
+        self.sink.receive_rows(name, start, rows)
 
     def _anchor(self) -> Tensor:
         """An empty tensor that requires a gradient, so that the embedding's output does too."""

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from lowmem.config.schema import OptimizerConfig, UpdateMode, settled
 from lowmem.errors import ConfigError
+from lowmem.kernels.grouped_weight import Weight
 from lowmem.optim.method import ByRole, Method
 from lowmem.optim.methods import METHODS, build_method, method_spec
 from lowmem.optim.optimizer import Optimizer
@@ -71,7 +70,7 @@ def _rank_of(rank: Any, role: str) -> Any:
 
 def assign(
     config: OptimizerConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Weight],
     roles: Mapping[str, str],
     head_dim: int,
 ) -> list[Assignment]:
@@ -95,7 +94,7 @@ def _is_matrix(role: str) -> bool:
     return role.partition(".")[0] in PROJECTED_ROLES
 
 
-def _method_for(config: OptimizerConfig, weight: Tensor, role: str, rest: ByRole) -> Method:
+def _method_for(config: OptimizerConfig, weight: Weight, role: str, rest: ByRole) -> Method:
     if not _is_matrix(role):
         return rest.of(role)
     options = method_options(config, role)
@@ -131,7 +130,7 @@ def _rest(config: OptimizerConfig) -> ByRole:
 
 def build_optimizer(
     config: OptimizerConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Weight],
     roles: Mapping[str, str],
     *,
     mode: UpdateMode,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import ConfigError
+from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.kernels.rounding import hashed_bits
 from lowmem.kernels.slices import flat_slices
 from lowmem.naming import seed_of
@@ -34,7 +35,6 @@ from lowmem.optim.formats import State, number
 from lowmem.optim.method import Curvature, Dense, Needs
 from lowmem.optim.optimizer import Optimizer, Slot
 from lowmem.optim.rules import Rule
-from lowmem.optim.weights import GroupedWeight
 from lowmem.phases import phase
 
 RELATIVE_STEP = 1e-3  # of the RMS of all weights that are moved

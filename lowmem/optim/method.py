@@ -8,7 +8,7 @@ calls, because `refresh` is rare and expensive, `compress` is per micro-batch, `
 and because `compress` is linear: sums, means and clipping act on what it returns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -32,11 +32,13 @@ class Needs:
 
     full_gradient: it cannot accumulate in a subspace. decay_first: weight decay before the step.
     curvature: the estimate of the Hessian's diagonal that it follows, see `curvature.py`.
+    by_rows: a row's update needs no other row's gradient; the method is then `ByRows`.
     """
 
     full_gradient: bool
     decay_first: bool
     curvature: Curvature = "none"
+    by_rows: bool = False
 
 
 class Method(Protocol):
@@ -56,6 +58,25 @@ class Method(Protocol):
         """The step, before learning rate and decay; advances the counters. kept is consumed.
 
         None leaves the weight as it is, without decay.
+        """
+
+
+RowUpdate = Callable[[Tensor, int], Step]
+"""update(gradient rows, number of the first): the step of these rows, which counts them from 0."""
+
+
+@runtime_checkable
+class ByRows(Protocol):
+    """What else a method has that can update rows while the gradient of others is not yet there."""
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def row_update(self, shown: Tensor, state: State) -> RowUpdate | None:
+        """Begin an update and advance the counters; what it returns is called for all rows in turn.
+
+        shown: some rows of the gradient. Rows start at multiples of 256 elements. None leaves the
+        weight as it is, without decay.
         """
 
 
@@ -103,7 +124,11 @@ class Dense:
 
     @property
     def needs(self) -> Needs:
-        return Needs(full_gradient=True, decay_first=self.decay_first)
+        return Needs(
+            full_gradient=True,
+            decay_first=self.decay_first,
+            by_rows=getattr(self.rule, "by_rows", False),
+        )
 
     def init(self, weight: Tensor, place: Place) -> State:
         state: State = {"step": 0, "seed": place.seed}
@@ -117,18 +142,27 @@ class Dense:
         return grad
 
     def update(self, kept: Tensor, state: State) -> Step | None:
+        update = self.row_update(kept, state)
+        return None if update is None else update(kept, 0)
+
+    def row_update(self, shown: Tensor, state: State) -> RowUpdate | None:
         state["step"] = number(state, "step") + 1
-        direction = self.rule.direction(kept, state)
+        direction = self.rule.direction(shown, state)
         if direction is None:
             return None
-        width = kept.numel() // max(1, kept.shape[0])
-        flat = kept.view(-1)
+        width = shown.numel() // max(1, shown.shape[0])
 
-        def step(rows: Tensor, start: int, stop: int, alpha: float) -> None:
-            piece = slice(start * width, stop * width)
-            direction.add_to(rows.view(-1), flat[piece].float(), piece, alpha * self.multiplier)
+        def update(gradient: Tensor, first: int) -> Step:
+            flat, offset = gradient.view(-1), first * width
 
-        return step
+            def step(rows: Tensor, start: int, stop: int, alpha: float) -> None:
+                piece = flat[start * width : stop * width].float()
+                at = slice(offset + start * width, offset + stop * width)
+                direction.add_to(rows.view(-1), piece, at, alpha * self.multiplier)
+
+            return step
+
+        return update
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,10 @@
                      that need it whole)
     fused            nothing                                      at once, in the middle of backward
 
-Weights change only in `apply`. Sums over micro-batches are float32.
+Gradients may arrive in row slices (`receive_rows`). They are added to what is kept, or in `fused`
+mode applied slice by slice; only a method that must see the whole gets it put together first.
+
+Weights change only in `apply` and `apply_rows`. Sums over micro-batches are float32.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,14 +25,28 @@ from torch import Tensor, nn
 
 from lowmem.config.schema import UpdateMode
 from lowmem.errors import CheckpointError
+from lowmem.kernels.grouped_weight import Weight
 from lowmem.naming import seed_of
 from lowmem.optim.formats import State
-from lowmem.optim.method import Method, Reallocating
+from lowmem.optim.method import ByRows, Method, Reallocating, RowUpdate
 from lowmem.optim.place import Place
-from lowmem.optim.weights import Weight, like, write
+from lowmem.optim.weights import Step, aligned, like, rows_of, write
 from lowmem.phases import phase
 
 SUMMED = ("kept_bases",)  # of the diagnostics: counts
+
+
+@dataclass
+class Arriving:
+    """A gradient of which the rows before `stop` have arrived.
+
+    whole: where it is put together. update: what applies rows at once; None where the method
+    leaves the weight as it is.
+    """
+
+    stop: int = 0
+    whole: Tensor | None = None
+    update: RowUpdate | None = None
 
 
 @dataclass
@@ -41,6 +58,7 @@ class Slot:
     weight_decay: float
     state: State
     kept: Tensor | None = None
+    arriving: Arriving | None = None
 
 
 @dataclass
@@ -80,8 +98,8 @@ class Optimizer:
 
         Our decoder hands them over itself; any other module gets a hook per parameter.
         """
-        if hasattr(model, "on_gradient"):
-            setattr(model, "on_gradient", self.receive)  # noqa: B010 - no field of nn.Module
+        if hasattr(model, "sink"):
+            setattr(model, "sink", self)  # noqa: B010 - no field of nn.Module
             return
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(self._hook(name))
@@ -103,6 +121,7 @@ class Optimizer:
         self._squares.clear()
         self._coefficient = None
         for slot in self.slots.values():
+            slot.arriving = None
             if isinstance(slot.method, Reallocating):
                 slot.method.release(slot.state)
 
@@ -128,6 +147,36 @@ class Optimizer:
         if self.mode == "fused":
             self.apply(name)
 
+    @torch.no_grad()
+    def receive_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Take over rows start, start + 1, ... of the gradient of one micro-batch.
+
+        Slices arrive in order, each once; all but the first start at a multiple of 256 elements
+        (for 8-bit codes also of their group), and the last one completes the gradient. ValueError
+        for any other. In `fused` mode these rows of the weight may change at once.
+        """
+        slot = self.slots[name]
+        if self._held_only is not None and name not in self._held_only:
+            return
+        by_rows = isinstance(slot.method, ByRows) and slot.method.needs.by_rows
+        held = self._held_only is not None or self.mode == "unfused"
+        arriving = _next_rows(slot, name, start, len(rows))
+        if held or (by_rows and self.mode == "fused+subspace"):
+            with phase("hold"):
+                self._hold_rows(slot, start, rows)
+        elif by_rows:
+            self._squares.append(_square(rows))
+            self.apply_rows(name, start, rows)
+        else:
+            with phase("hold"):
+                if arriving.whole is None:
+                    arriving.whole = rows.new_empty(slot.weight.shape)
+                arriving.whole[start : arriving.stop] = rows
+        if arriving.stop == slot.weight.shape[0]:
+            slot.arriving = None
+            if arriving.whole is not None:
+                self.receive(name, arriving.whole)
+
     @contextmanager
     def holding(self, names: Collection[str]) -> Iterator[None]:
         """Inside, gradients of these weights are summed in `Slot.kept`; all others are dropped.
@@ -147,6 +196,12 @@ class Optimizer:
             slot.kept = piece.float().contiguous()
         else:
             slot.kept = piece.contiguous()
+
+    def _hold_rows(self, slot: Slot, start: int, rows: Tensor) -> None:
+        if slot.kept is None:
+            dtype = torch.float32 if self._micro_batches > 1 else rows.dtype
+            slot.kept = rows.new_zeros(slot.weight.shape, dtype=dtype)
+        slot.kept[start : start + len(rows)].add_(rows)
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -181,16 +236,34 @@ class Optimizer:
                     slot.method.refresh(kept, slot.state)
                 kept = slot.method.compress(kept, slot.state)
             step = slot.method.update(kept, slot.state)
-            if step is None:
-                return
-            write(
-                slot.weight,
-                step,
-                lr=self.lr,
-                weight_decay=slot.weight_decay,
-                decay_first=slot.method.needs.decay_first,
-                seed=seed_of(self.seed, f"round/{name}", self.updates),
-            )
+            if step is not None:
+                self._write(name, slot.weight, step)
+
+    @torch.no_grad()
+    def apply_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Turn these rows of the gradient into a step of these rows of the weight."""
+        slot = self.slots[name]
+        assert slot.arriving is not None
+        assert isinstance(slot.method, ByRows)
+        with phase("update"):
+            if start == 0:
+                slot.arriving.update = slot.method.row_update(rows, slot.state)
+            update = slot.arriving.update
+            if update is not None:
+                weight = rows_of(slot.weight, start, start + len(rows))
+                self._write(name, weight, update(rows.contiguous(), start), start)
+
+    def _write(self, name: str, weight: Weight, step: Step, first_row: int = 0) -> None:
+        slot = self.slots[name]
+        write(
+            weight,
+            step,
+            lr=self.lr,
+            weight_decay=slot.weight_decay,
+            decay_first=slot.method.needs.decay_first,
+            seed=seed_of(self.seed, f"round/{name}", self.updates),
+            first_row=first_row,
+        )
 
     def step(self) -> None:
         """Apply everything that is kept and has not been applied."""
@@ -264,6 +337,21 @@ class Optimizer:
         for name, values in numbers.items():
             self.slots[name].state.update(values)
         self.updates = updates
+
+
+def _next_rows(slot: Slot, name: str, start: int, count: int) -> Arriving:
+    """What has arrived of this gradient with `count` more rows; ValueError unless they are next."""
+    arriving = slot.arriving or Arriving()
+    rows = slot.weight.shape[0]
+    stop = start + count
+    if start != arriving.stop or not count or stop > rows or not aligned(slot.weight, start):
+        raise ValueError(
+            f"rows {start} to {stop} of {name} arrived where row {arriving.stop} of {rows} is "
+            "next; slices are in order and begin with a block of elements"
+        )
+    arriving.stop = stop
+    slot.arriving = arriving
+    return arriving
 
 
 def _square(piece: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Rules that several methods share stand here; one that a single method needs stan
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ class Direction:
 
 
 class Rule(Protocol):
+    """by_rows: a rule may have it, true where `direction` looks at no value of the gradient and
+    `of` at none outside its own rows: it is then shown and given a gradient in row slices."""
+
     def init(self, state: State, like: Tensor, place: Place) -> None:
         """Allocate the moments; `like` shows shape and device of the gradients to come."""
 
@@ -115,6 +118,7 @@ class Adam:
     ("step", where eps is relative to the uncorrected V).
     """
 
+    by_rows: ClassVar[bool] = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     bias: Literal["inside", "step", "off"] = "inside"
@@ -172,6 +176,7 @@ class Lion:
     Source: Chen et al., arXiv:2302.06675, Algorithm 2.
     """
 
+    by_rows: ClassVar[bool] = True
     betas: tuple[float, float] = (0.9, 0.99)
     format: Format = Float32()  # noqa: RUF009 - frozen, shared on purpose
 
@@ -206,6 +211,7 @@ class Sgd:
     sign: take the sign of U. Source: Sutskever et al., ICML 2013; torch.optim.SGD for the forms.
     """
 
+    by_rows: ClassVar[bool] = True
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.blockwise import BLOCK
-from lowmem.kernels.groupwise import Noise, dequantize, quantize, uniform
+from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.rounding import stochastic_round
 from lowmem.kernels.slices import row_slices
 
@@ -23,58 +23,16 @@ Step = Callable[[Tensor, int, int, float], None]
 weight. Called once for every group of rows, from the first to the last; start * row length is a
 multiple of 256. The whole direction need never be in memory."""
 
-_BITS = 8
+
+def rows_of(weight: Weight, start: int, stop: int) -> Weight:
+    """Some rows in the same memory; `aligned` ones."""
+    return weight[start:stop] if isinstance(weight, Tensor) else weight.rows(start, stop)
 
 
-@dataclass
-class GroupedWeight:
-    """A weight of which only 8-bit codes exist, with a scale and a zero point per group.
-
-    codes: uint8, contiguous, of the weight's shape. scales, zeros: float32, one per `group`
-    consecutive elements. dtype: of its gradients. noise: of stochastic rounding; None rounds to
-    nearest, which drops steps below half a code. span_zero: see `kernels/groupwise.py`.
-
-    Source: Zhang et al. 2024 (Q-GaLore), arXiv:2407.08296, section 3.4.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    group: int = 256
-    dtype: torch.dtype = torch.bfloat16
-    noise: Noise | None = uniform
-    span_zero: bool = True
-
-    @classmethod
-    def of(
-        cls,
-        weight: Tensor,
-        group: int = 256,
-        noise: Noise | None = uniform,
-        span_zero: bool = True,
-    ) -> "GroupedWeight":
-        """The codes nearest to a weight, whose dtype its gradients will have."""
-        exact = weight.detach().float().contiguous()
-        found = quantize(exact, _BITS, group, None, span_zero)
-        return cls(*found, group, weight.dtype, noise, span_zero)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    def numel(self) -> int:
-        return self.codes.numel()
-
-    def values(self) -> Tensor:
-        """What the codes stand for, float32."""
-        return dequantize(self.codes, self.scales, self.zeros, self.group)
-
-
-Weight = Tensor | GroupedWeight
+def aligned(weight: Weight, start: int) -> bool:
+    """Does that row begin a block of 256 elements and a group of the codes?"""
+    unit = BLOCK if isinstance(weight, Tensor) else math.lcm(BLOCK, weight.group)
+    return start * (weight.numel() // max(1, weight.shape[0])) % unit == 0
 
 
 def like(weight: Weight) -> Tensor:
@@ -105,20 +63,25 @@ def row_groups(weight: Weight) -> RowGroups:
         for start, stop in row_slices(weight):
             yield weight[start:stop].float(), start, stop
         return
-    width = weight.numel() // max(1, weight.shape[0])
     for start, stop in row_slices(weight.codes, math.lcm(BLOCK, weight.group)):
-        groups = slice(start * width // weight.group, -(-stop * width // weight.group))
-        scales, zeros = weight.scales[groups], weight.zeros[groups]
-        yield dequantize(weight.codes[start:stop], scales, zeros, weight.group), start, stop
+        yield weight.rows(start, stop).values(), start, stop
 
 
 def write(
-    weight: Weight, step: Step, *, lr: float, weight_decay: float, decay_first: bool, seed: int
+    weight: Weight,
+    step: Step,
+    *,
+    lr: float,
+    weight_decay: float,
+    decay_first: bool,
+    seed: int,
+    first_row: int = 0,
 ) -> None:
     """weight <- weight - lr * direction, with decoupled decay before or after; in place.
 
-    seed: of this weight's rounding in this update. The arithmetic is float32 whatever the weight's
-    format; no full-size temporary appears.
+    seed: of this weight's rounding in this update. first_row: where `weight` is but some rows of
+    one, the number of the first; noise belongs to elements of the whole. The arithmetic is float32
+    whatever the weight's format; no full-size temporary appears.
     """
     decay = lr * weight_decay
     if isinstance(step, DependentStep):
@@ -134,33 +97,30 @@ def write(
         return exact
 
     if isinstance(weight, GroupedWeight):
-        _write_codes(weight, moved, seed)
+        _write_codes(weight, moved, seed, first_row)
     else:
-        _write_floats(weight, moved, seed)
+        _write_floats(weight, moved, seed, first_row)
 
 
 Moved = Callable[[Tensor, int, int], Tensor]
 
 
-def _write_floats(weight: Tensor, moved: Moved, seed: int) -> None:
+def _write_floats(weight: Tensor, moved: Moved, seed: int, first_row: int) -> None:
     width = weight.numel() // max(1, weight.shape[0])
     for start, stop in row_slices(weight):
         target = weight[start:stop]
         exact = target if target.dtype == torch.float32 else target.float()
         moved(exact, start, stop)
         if exact is not target:
-            target.copy_(stochastic_round(exact, seed, start * width))
+            target.copy_(stochastic_round(exact, seed, (first_row + start) * width))
 
 
-def _write_codes(weight: GroupedWeight, moved: Moved, seed: int) -> None:
+def _write_codes(weight: GroupedWeight, moved: Moved, seed: int, first_row: int) -> None:
     """Row group by row group: whole blocks of the moments and whole groups of the codes."""
     width = weight.numel() // max(1, weight.shape[0])
     for start, stop in row_slices(weight.codes, math.lcm(BLOCK, weight.group)):
-        codes = weight.codes[start:stop]
-        groups = slice(start * width // weight.group, -(-stop * width // weight.group))
-        exact = dequantize(codes, weight.scales[groups], weight.zeros[groups], weight.group)
-        moved(exact, start, stop)
-        noise = weight.noise and weight.noise(exact.numel(), seed, start * width, exact.device)
-        found = quantize(exact, _BITS, weight.group, noise, weight.span_zero)
-        codes.copy_(found.codes)
-        weight.scales[groups], weight.zeros[groups] = found.scales, found.zeros
+        rows = weight.rows(start, stop)
+        exact = moved(rows.values(), start, stop)
+        at = (first_row + start) * width
+        noise = weight.noise and weight.noise(exact.numel(), seed, at, exact.device)
+        rows.store(exact, noise)

@@ -52,28 +52,54 @@ def replay(events: Iterable[Event], *, expandable: bool) -> Peaks:
 
     ValueError: an event frees what is not live, or allocates what is.
     """
-    small = _Pool(_SMALL_SEGMENT, expandable)
-    large = _Pool(_LARGE_SEGMENT, expandable)
-    live: dict[int, tuple[_Pool, _Block, int]] = {}
-    tensors = allocated = most_tensors = most_allocated = 0
-    for storage, count in events:
-        if count > 0:
-            if storage in live:
-                raise ValueError(f"storage {storage} is allocated twice")
-            size = _round_up(count, _GRANULE)
-            pool = small if size <= _LARGEST_SMALL else large
-            block = pool.allocate(size)
-            live[storage] = (pool, block, size)
-            tensors, allocated = tensors + size, allocated + block.size
-            most_tensors = max(most_tensors, tensors)
-            most_allocated = max(most_allocated, allocated)
-        elif count < 0:
-            if storage not in live:
-                raise ValueError(f"storage {storage} is freed but not allocated")
-            pool, block, size = live.pop(storage)
-            tensors, allocated = tensors - size, allocated - block.size
-            pool.release(block)
-    return Peaks(most_tensors, most_allocated, small.reserved + large.reserved)
+    allocator = Allocator(expandable)
+    allocator.run(events)
+    return allocator.peaks
+
+
+class Allocator:
+    """The state between events; `reset_peaks` forgets as `reset_peak_memory_stats` does."""
+
+    def __init__(self, expandable: bool) -> None:
+        self._small = _Pool(_SMALL_SEGMENT, expandable)
+        self._large = _Pool(_LARGE_SEGMENT, expandable)
+        self._live: dict[int, tuple[_Pool, _Block, int]] = {}
+        self._tensors = self._allocated = self._most_tensors = self._most_allocated = 0
+
+    @property
+    def peaks(self) -> Peaks:
+        """Since the beginning or the last `reset_peaks`; `reserved` never falls."""
+        reserved = self._small.reserved + self._large.reserved
+        return Peaks(self._most_tensors, self._most_allocated, reserved)
+
+    def reset_peaks(self) -> None:
+        self._most_tensors, self._most_allocated = self._tensors, self._allocated
+
+    def run(self, events: Iterable[Event]) -> None:
+        """ValueError as in `replay`."""
+        for storage, count in events:
+            if count > 0:
+                self._take(storage, count)
+            elif count < 0:
+                self._give_back(storage)
+
+    def _take(self, storage: int, count: int) -> None:
+        if storage in self._live:
+            raise ValueError(f"storage {storage} is allocated twice")
+        size = _round_up(count, _GRANULE)
+        pool = self._small if size <= _LARGEST_SMALL else self._large
+        block = pool.allocate(size)
+        self._live[storage] = (pool, block, size)
+        self._tensors, self._allocated = self._tensors + size, self._allocated + block.size
+        self._most_tensors = max(self._most_tensors, self._tensors)
+        self._most_allocated = max(self._most_allocated, self._allocated)
+
+    def _give_back(self, storage: int) -> None:
+        if storage not in self._live:
+            raise ValueError(f"storage {storage} is freed but not allocated")
+        pool, block, size = self._live.pop(storage)
+        self._tensors, self._allocated = self._tensors - size, self._allocated - block.size
+        pool.release(block)
 
 
 @dataclass(eq=False, slots=True)

@@ -233,11 +233,12 @@ def check_curvature(config: Config, asked: dict[str, str]) -> None:
             "held until the last micro-batch",
             "--update unfused",
         )
-    if "hutchinson" in asked and config.train.weights == "bf16":
+    weights = config.train.weights
+    if "hutchinson" in asked and weights not in ("auto", "fp32"):
         raise ConfigError(
-            f'train.weights = "bf16" with method {asked["hutchinson"]!r}',
-            "it measures the Hessian by moving every weight by a thousandth, and bf16 rounds most "
-            "of that away",
+            f'train.weights = "{weights}" with method {asked["hutchinson"]!r}',
+            f"it measures the Hessian by moving every weight by a thousandth, and {weights} rounds "
+            "most of that away",
             "--weights fp32, or method sophia, which moves nothing",
         )
 

@@ -2,8 +2,8 @@
 
 Two things are rehearsed apart, once each:
 
-    ModelBytes      a model of three blocks whose gradients nobody keeps: bytes at every moment,
-                    and at which of them each weight's gradient is handed over
+    ModelBytes      a model with a block of each level whose gradients nobody keeps: bytes at every
+                    moment, and at which of them each weight's gradient is handed over
     OptimizerBytes  what the optimizer adds, weight by weight: bytes at the worst moment of each
                     call beyond those before it, and bytes that stay
 
@@ -21,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowmem.config.recompute import Level, levels_of
+from lowmem.config.recompute import levels_of
 from lowmem.config.schema import ModelConfig, UpdateMode
 from lowmem.model.llama import Llama
 from lowmem.optim.method import Dense
@@ -38,7 +38,9 @@ from lowmem.planner.rehearse import (
     update,
 )
 
-BLOCKS = 3  # the first, one that stands for all between, and the last
+LIKE = ("full", "attn", "keep", "last")
+"""The rehearsed blocks: one of each level, and the last, which keeps everything at any level."""
+RECOMPUTE = "keep:2,attn:1,full"  # that gives them
 _BLOCK_PHASE = re.compile(r"(forward|backward) of block (\d+)")
 _BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -50,6 +52,11 @@ def _block(index: int) -> str:
 def kin(name: str) -> str:
     """A weight's name without the number of its block."""
     return _BLOCK_NAME.sub("", name)
+
+
+Piece = tuple[int, int, bool]
+"""Of a gradient: first row, rows, and whether it is handed as a whole."""
+Pieces = Mapping[str, list[Piece]]
 
 
 @dataclass
@@ -71,7 +78,7 @@ class Section:
 
 @dataclass
 class Pass:
-    """A micro-batch in the order of time; blocks are those rehearsed, the first one first."""
+    """A micro-batch in the order of time; blocks are those of LIKE."""
 
     opening: list[Moment] = field(default_factory=list)
     forward: list[Section] = field(default_factory=list)
@@ -83,14 +90,14 @@ class Pass:
 @dataclass(frozen=True)
 class ModelBytes:
     """passes: one, or the first and a later micro-batch. resting: bytes after the last of them.
-    evaluation: the peak of an evaluation batch. pieces: kin of a weight -> rows of its gradient
-    that are handed at each time.
+    evaluation: the peak of an evaluation batch. pieces: kin of a weight -> of its gradient, as
+    they are handed.
     """
 
     passes: list[Pass]
     resting: int
     evaluation: int
-    pieces: dict[str, list[int]]
+    pieces: dict[str, list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,13 @@ class Call:
 
     extra: int
     left: int
+
+
+@dataclass(frozen=True)
+class NormCall(Call):
+    """rest: what is left when nobody looks at the norm any more."""
+
+    rest: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ class OptimizerBytes:
 
     persistent: int
     costs: Mapping[str, Cost]
-    norm: Call
+    norm: NormCall
 
     @property
     def held(self) -> int:
@@ -134,18 +148,18 @@ class _Recorder(LiveBytes):
     def __init__(self, llama: Llama, scratch: bool) -> None:
         super().__init__("meta", scratch)
         self.sections: list[Section] = []
-        self.track(dict(llama.named_parameters()), "weights")
+        self.track(llama.state_dict(), "weights")
         self.live = self.peak = 0
         self.sections.clear()
-        self.pieces: defaultdict[str, list[int]] = defaultdict(list)
+        self.pieces: defaultdict[str, list[Piece]] = defaultdict(list)
 
     def _mark(self, scratch: int, part: str) -> None:
         super()._mark(scratch, part)
         self._remember(self.live + scratch)
 
-    def hand(self, name: str, gradient: Tensor) -> None:
+    def hand(self, name: str, piece: Piece) -> None:
         self._remember(self.live, kin(name))
-        self.pieces[name].append(len(gradient))
+        self.pieces[name].append(piece)
 
     def _remember(self, live: int, handed: str = "") -> None:
         name = (*current_phase(), "")[0]
@@ -166,7 +180,10 @@ class _Listener(Optimizer):
         self.recorder = recorder
 
     def receive(self, name: str, grad: Tensor) -> None:
-        self.recorder.hand(name, grad)
+        self.recorder.hand(name, (0, len(grad), True))
+
+    def receive_rows(self, name: str, start: int, rows: Tensor) -> None:
+        self.recorder.hand(name, (start, len(rows), False))
 
     def norm(self) -> Tensor:
         return torch.empty(0, device="meta")
@@ -175,13 +192,11 @@ class _Listener(Optimizer):
         pass
 
 
-def model_bytes(
-    model: ModelConfig, choice: Choice, level: Level, seq_len: int, attention: str
-) -> ModelBytes:
-    """Rehearse a model of at most three blocks at that level, with the choice's micro-batch."""
-    blocks = min(BLOCKS, model.num_hidden_layers)
-    small = model.model_copy(update={"num_hidden_layers": blocks})
-    llama = model_on_meta(small, choice.weights, level, attention)
+def model_bytes(model: ModelConfig, choice: Choice, seq_len: int, attention: str) -> ModelBytes:
+    """Rehearse the choice's micro-batch on a model with one block of each level, and the last."""
+    small = model.model_copy(update={"num_hidden_layers": len(LIKE)})
+    logits = choice.logits == "keep"
+    llama = model_on_meta(small, choice.weights, RECOMPUTE, attention, keep_logits=logits)
     recorder = _Recorder(llama, scratch=attention != "cpu")
     listener = _Listener(recorder)
     listener.attach(llama)
@@ -189,9 +204,11 @@ def model_bytes(
         loss_and_norm = update(llama, listener, choice, seq_len)
         passes = _passes(recorder.sections)
         recorder.peak = resting = recorder.live
+        del loss_and_norm  # training reads them after the step
         evaluate(llama, choice, seq_len)
-    del loss_and_norm  # which a training loop holds until the next update
-    pieces = {kin(name): rows[: len(rows) // len(passes)] for name, rows in recorder.pieces.items()}
+    pieces = {
+        kin(name): found[: len(found) // len(passes)] for name, found in recorder.pieces.items()
+    }
     return ModelBytes(passes, resting, recorder.peak, pieces)
 
 
@@ -224,7 +241,7 @@ def persistent_bytes(owner: Optimizer, blocks: int) -> int:
 
 
 def optimizer_bytes(
-    owner: Optimizer, choice: Choice, pieces: Mapping[str, list[int]], attention: str, blocks: int
+    owner: Optimizer, choice: Choice, pieces: Pieces, attention: str, blocks: int
 ) -> OptimizerBytes:
     """Rehearse an optimizer on meta. Its extra passes, where a method makes any, are left out.
 
@@ -249,9 +266,7 @@ def _depth(owner: Optimizer) -> int:
     return len({match[0] for match in map(_BLOCK_NAME.match, owner.slots) if match})
 
 
-def _costs(
-    tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Mapping[str, list[int]]
-) -> dict[str, Cost]:
+def _costs(tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Pieces) -> dict[str, Cost]:
     """Every call for each weight; once for those of different blocks with the same state."""
     micro_batches = min(choice.accumulate, 2)
     owner.begin(0.0, micro_batches)
@@ -262,7 +277,7 @@ def _costs(
         alike = f"{kin(name)} {tensors}"
         if alike not in known:
             received = [
-                [_received(tracker, owner, name, rows) for rows in pieces[kin(name)]]
+                [_received(tracker, owner, name, piece) for piece in pieces[kin(name)]]
                 for _ in range(micro_batches)
             ]
             known[alike] = Cost(received, _called(tracker, owner.step))
@@ -270,12 +285,16 @@ def _costs(
     return found
 
 
-def _received(tracker: LiveBytes, owner: Optimizer, name: str, rows: int) -> Call:
+def _received(tracker: LiveBytes, owner: Optimizer, name: str, piece: Piece) -> Call:
     """The gradient itself is there before, and gone after unless the optimizer keeps it."""
     weight, before = owner.slots[name].weight, tracker.live
+    start, rows, whole = piece
     gradient = torch.empty((rows, *weight.shape[1:]), dtype=weight.dtype, device="meta")
     tracker.peak = held = tracker.live
-    owner.receive(name, gradient)
+    if whole:
+        owner.receive(name, gradient)
+    else:
+        owner.receive_rows(name, start, gradient)
     extra = tracker.peak - held
     del gradient
     return Call(extra, tracker.live - before)
@@ -283,80 +302,67 @@ def _received(tracker: LiveBytes, owner: Optimizer, name: str, rows: int) -> Cal
 
 def _called(tracker: LiveBytes, call: Callable[[], object]) -> Call:
     tracker.peak = before = tracker.live
-    result = call()
-    made = Call(tracker.peak - before, tracker.live - before)
-    del result  # what it holds is left
-    return made
+    call()
+    return Call(tracker.peak - before, tracker.live - before)
 
 
 @cache
-def norm_bytes(mode: UpdateMode, clipped: bool, weights: int) -> Call:
+def norm_bytes(mode: UpdateMode, clipped: bool, weights: int) -> NormCall:
     """The norm of so many gradients, and its clipping: neither depends on their sizes."""
     owner = Optimizer(mode, 0)
     for index in range(weights):
         owner.add(str(index), torch.empty(1, device="meta"), Dense(Sgd()), 0.0)
     owner.begin(0.0, 1)
 
-    def call() -> Tensor:
-        norm = owner.norm()
-        if clipped:
-            owner.clip(norm, 1.0)
-        return norm
-
     with LiveBytes("meta") as tracker:
         for name in owner.slots:
             owner.receive(name, torch.empty(1, device="meta"))
-        return _called(tracker, call)
+        tracker.peak = before = tracker.live
+        norm = owner.norm()
+        if clipped:
+            owner.clip(norm, 1.0)
+        extra, left = tracker.peak - before, tracker.live - before
+        del norm
+        return NormCall(extra, left, tracker.live - before)
 
 
-def compose(
-    model: Mapping[Level, ModelBytes], optimizer: OptimizerBytes, recompute: str, blocks: int
-) -> int:
+def compose(model: ModelBytes, optimizer: OptimizerBytes, recompute: str, blocks: int) -> int:
     """The peak of an update and an evaluation batch, in bytes of live tensors.
 
-    model: for each level that `recompute` names. blocks: of the whole model.
+    blocks: of the whole model.
     """
-    levels = levels_of(recompute, blocks)
-    last = min(blocks, BLOCKS) - 1
-    like = [0 if index == 0 else 1 for index in range(blocks - 1)] + [last]
-    # The last block keeps everything whatever its level, so any level's rehearsal shows it.
-    of = [model[level] for level in levels[:-1]]
-    of.append(of[-1] if of else model[levels[-1]])
+    like = [LIKE.index(level) for level in levels_of(recompute, blocks)[:-1]] + [len(LIKE) - 1]
     held = most = 0
-    for number in range(len(of[-1].passes)):
-        passes = [each.passes[number] for each in of]
-        walked = list(zip(passes, like, _shifts(passes, like), strict=True))
-        for moments, shift, block in _in_time(walked):
+    for number, each in enumerate(model.passes):
+        for moments, shift, block in _in_time(each, like):
             peak, left = _walked(moments, optimizer.costs, number, block)
             most, held = max(most, held + shift + peak), held + left
-    return optimizer.persistent + max(most, _stepped(of[-1], optimizer, held))
+    return optimizer.persistent + max(most, _stepped(model, optimizer, held))
 
 
-def _in_time(blocks: Sequence[tuple[Pass, int, int]]) -> Iterator[tuple[list[Moment], int, str]]:
+def _in_time(each: Pass, like: Sequence[int]) -> Iterator[tuple[list[Moment], int, str]]:
     """(moments, how much higher they are than rehearsed, prefix of the names of their weights).
 
-    blocks: for each its rehearsal, which of the rehearsed blocks is like it, and its shift.
+    like: for every block of the model, which of the rehearsed ones it is like.
     """
-    top, _, highest = blocks[-1]
-    yield top.opening, 0, ""
-    for each, at, shift in blocks:
+    shifts = _shifts(each, like)
+    yield each.opening, 0, ""
+    for at, shift in zip(like, shifts, strict=True):
         yield each.forward[at].moments, shift, ""
-    yield top.turn, highest, ""
-    for index, (each, at, shift) in reversed(list(enumerate(blocks))):
-        yield each.backward[at].moments, shift, _block(index)
-    yield top.closing, 0, ""
+    yield each.turn, shifts[-1], ""
+    for index in reversed(range(len(like))):
+        yield each.backward[like[index]].moments, shifts[index], _block(index)
+    yield each.closing, 0, ""
 
 
-def _shifts(passes: Sequence[Pass], like: Sequence[int]) -> list[int]:
-    """How much higher each block's moments are than those of the rehearsed block that it is like.
-
-    Below them lies what the blocks before it keep.
-    """
-    height, shifts = passes[0].forward[0].start, []
-    for each, at in zip(passes, like, strict=True):
-        shifts.append(height - each.forward[at].start)
-        if at + 1 < len(each.forward):
-            height += each.forward[at + 1].start - each.forward[at].start
+def _shifts(each: Pass, like: Sequence[int]) -> list[int]:
+    """Below a block's moments lies what the blocks before it keep."""
+    starts = [section.start for section in each.forward]
+    height, shifts = starts[0], []
+    for at in like:
+        shifts.append(height - starts[at])
+        if at + 1 < len(starts):
+            height += starts[at + 1] - starts[at]
     return shifts
 
 
@@ -384,4 +390,5 @@ def _stepped(model: ModelBytes, optimizer: OptimizerBytes, held: int) -> int:
     for cost in optimizer.costs.values():
         most = max(most, model.resting + held + cost.step.extra)
         held += cost.step.left
+    held += optimizer.norm.rest - optimizer.norm.left
     return max(most, model.evaluation + held)

@@ -50,8 +50,12 @@ def _variations(job: Job, choice: Choice) -> Iterator[tuple[str, Choice]]:
         yield "--micro-batch 1", replace(choice, micro_batch=1, accumulate=job.rows)
     if job.rows > 1 and train.micro_batch == "auto" and not asked:
         yield "--batch 1seq --update fused --clip off", _single(choice)
-    if choice.weights == "fp32" and train.device == "cuda" and "hutchinson" not in asked:
+    if "hutchinson" in asked:  # these take no other weights
+        return
+    if choice.weights == "fp32" and train.device == "cuda":
         yield "--weights bf16", replace(choice, weights="bf16")
+    if choice.weights != "int8":
+        yield "--weights int8", replace(choice, weights="int8")
 
 
 def _single(choice: Choice) -> Choice:

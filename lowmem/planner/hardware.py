@@ -8,27 +8,27 @@ find_card("auto", "auto")     the CUDA device at hand as measured, else the host
 
 import difflib
 import os
+import platform
 import re
+import subprocess
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import ConfigError, HardwareError
+from lowmem.planner.calibration import Found, find
 from lowmem.planner.plan import Card, Rates
+from lowmem.planner.workspaces import CONTEXT, HOST_MARGIN, MARGIN, OTHERS
 from lowmem.units import GIB, MIB, format_bytes, parse_bytes
 
-_CONTEXT = 500 * MIB  # CUDA context and kernels once all are loaded
-_OTHERS = 300 * MIB  # a desktop with little open
-# Of the total, until a measurement on the machine replaces it. Also covers what the driver keeps
-# for itself: nvidia-smi counts that as total, CUDA cannot have it (some 350 MiB of 24 GB).
-_MARGIN = 0.03
-_HOST_MARGIN = 0.10  # other programs on the host come and go
+_LONGEST_NAME = 60  # letters; the search for neighbours takes quadratic time
 _LARGEST = 1024 * GIB  # more is a slip of the unit
 
 _CLASS = re.compile(r"\s*([0-9]{1,5}(?:\.[0-9]+)?)\s*gb\s*", re.IGNORECASE)
+_BARE = re.compile(r"\s*[0-9]{1,6}\s*")  # more digits are bytes
 _SIZE = re.compile(r"\s*[-+0-9.].*")
 _FORMS = "allowed are a class such as 24GB, a size such as 24GiB, a card such as rtx4090, or auto"
 
@@ -59,12 +59,43 @@ def find_card(gpu: str, device: str) -> Card:
     """
     if gpu.strip().lower() == "auto":
         return _host_card() if device == "cpu" or not _has_cuda(device) else _measured_card()
+    return _named_card(gpu)
+
+
+def check_card(gpu: str) -> None:
+    """ConfigError unless `gpu` is "auto" or names a card; nothing is measured."""
+    if gpu.strip().lower() != "auto":
+        _named_card(gpu)
+
+
+def _named_card(gpu: str) -> Card:
     if match := _CLASS.fullmatch(gpu):
         return _checked(_class_card(float(match[1])), gpu)
+    if _BARE.fullmatch(gpu):
+        raise _without_unit(gpu.strip())
     if _SIZE.fullmatch(gpu):
         return _checked(_preset(gpu.strip(), _exact_bytes(gpu), desktop=True), gpu)
     facts = card_facts(gpu)
-    return _preset(facts.name, facts.total, facts.desktop, facts.rates)
+    preset = _preset(facts.name, facts.total, facts.desktop, facts.rates)
+    return calibrated(preset, find(lambda c: rates_of_device(c.name, c.total) == facts.rates))
+
+
+def calibrated(card: Card, found: Found) -> Card:
+    """`card` with the constants that were measured on it; bytes of a plan are never scaled."""
+    card = replace(card, warnings=tuple(found.warnings))
+    kept = found.calibration
+    if kept is None:
+        return card
+    rates = card.rates
+    if kept.tflops is not None and kept.bandwidth is not None:
+        rates = Rates(card.name, kept.tflops, kept.bandwidth, measured=True)
+    return replace(
+        card,
+        context=card.context if kept.context is None else kept.context,
+        workspace=card.workspace if kept.workspace is None else kept.workspace,
+        rates=rates,
+        calibration=f"{found.path} of {kept.date}",
+    )
 
 
 def card_facts(name: str) -> CardFacts:
@@ -85,7 +116,8 @@ def card_facts(name: str) -> CardFacts:
             f"known are {', '.join(names)}",
             f'gpu = "{names[0]}"',
         )
-    near = [known[key].name for key in difflib.get_close_matches(word, known, n=3)]
+    close = difflib.get_close_matches(word[:_LONGEST_NAME], known, n=3)
+    near = [known[key].name for key in close]
     fix = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else 'gpu = "24GB"'
     raise ConfigError(f"gpu = {name!r}: no such card is known", _FORMS, fix)
 
@@ -105,9 +137,9 @@ def _sold_as(word: str) -> list[CardFacts]:
 
 
 def _preset(name: str, total: int, desktop: bool, rates: Rates | None = None) -> Card:
-    others = _OTHERS if desktop else 0
-    margin = round(_MARGIN * total)
-    return Card(name, total, _CONTEXT, others, margin, "preset", rates=rates)
+    others = OTHERS if desktop else 0
+    margin = round(MARGIN * total)
+    return Card(name, total, CONTEXT, others, margin, "preset", rates=rates)
 
 
 def _class_card(gib: float) -> Card:
@@ -135,8 +167,15 @@ def _checked(card: Card, gpu: str) -> Card:
         raise ConfigError(f"gpu = {gpu!r} is {format_bytes(card.total)}", why, 'gpu = "8GB"')
     if card.total > _LARGEST:
         why = f"no card has more than {format_bytes(_LARGEST)}; {_FORMS}"
-        raise ConfigError(f"gpu = {gpu!r} is {format_bytes(card.total)}", why, 'gpu = "24GB"')
+        raise ConfigError(f"gpu = {gpu!r} is larger than any card", why, 'gpu = "24GB"')
     return card
+
+
+def _without_unit(number: str) -> ConfigError:
+    """ "24" is meant as 24GB and "4090" as rtx4090, but a wrong guess would cost a run."""
+    size = f"{number}GB" if 4 <= int(number) <= _LARGEST // GIB else "24GB"
+    fix = f"rtx{number}" if _sold_as(f"rtx{number}") else size
+    return ConfigError(f"gpu = {number!r} has no unit", _FORMS, f'gpu = "{fix}"')
 
 
 def _has_cuda(device: str) -> bool:
@@ -157,13 +196,54 @@ def _measured_card() -> Card:
     """The current CUDA device; asking creates our context, so that is part of what is used."""
     import torch
 
-    free, total = torch.cuda.mem_get_info()
-    used = total - free - torch.cuda.memory_reserved()
-    # Kernels are loaded when first used, so the context will still grow to about the preset.
-    others = max(used - _CONTEXT, 0)
+    smi = SmiReading.of_this_device()
+    driver, uuid = smi.driver, smi.uuid
+    found = find(lambda c: c.uuid == uuid and c.driver == driver)
     name = torch.cuda.get_device_name()
-    margin, rates = round(_MARGIN * total), rates_of_device(name, total)
-    return Card(name, total, _CONTEXT, others, margin, "measured", rates=rates)
+    free, total = torch.cuda.mem_get_info()
+    card = Card(name, total, CONTEXT, 0, round(MARGIN * total), "measured")
+    card = calibrated(replace(card, rates=rates_of_device(name, total)), found)
+    used = total - free - torch.cuda.memory_reserved()
+    # Kernels are loaded when first used, so the context will still grow to about what is planned.
+    return replace(card, others=max(used - card.context, 0))
+
+
+@dataclass(frozen=True)
+class SmiReading:
+    """What nvidia-smi says of one card. used: MiB by all processes, as bytes."""
+
+    uuid: str
+    driver: str
+    used: int
+
+    @staticmethod
+    def all() -> "list[SmiReading]":
+        """Every card, without touching any; empty where nvidia-smi does not answer."""
+        asked = ["--query-gpu=uuid,driver_version,memory.used", "--format=csv,noheader,nounits"]
+        try:
+            told = subprocess.run(
+                ["nvidia-smi", *asked], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return []
+        rows = [[word.strip() for word in line.split(",")] for line in told.stdout.splitlines()]
+        return [
+            SmiReading(uuid.removeprefix("GPU-"), driver, int(used) * MIB)
+            for uuid, driver, used in (row for row in rows if len(row) == 3)
+            if used.isdigit()
+        ]
+
+    @staticmethod
+    def of_this_device(before: "list[SmiReading] | None" = None) -> "SmiReading":
+        """That of torch's current device, among `before` or as it is now; empty if there is none.
+
+        Where one answer is not ours (a container without nvidia-smi), driver is "unknown".
+        """
+        import torch
+
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        rows = SmiReading.all() if before is None else before
+        return next((row for row in rows if row.uuid == uuid), SmiReading(uuid, "unknown", 0))
 
 
 def rates_of_device(name: str, total: int) -> Rates | None:
@@ -177,7 +257,7 @@ def rates_of_device(name: str, total: int) -> Rates | None:
 
 def _host_card() -> Card:
     available = available_memory()
-    margin = round(_HOST_MARGIN * available)
+    margin = round(HOST_MARGIN * available)
     return Card("host memory", available, 0, 0, margin, "measured", kind="cpu")
 
 
@@ -188,6 +268,16 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
         if match is not None:
             return int(match[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The name of the CPU as it calls itself, with the number of cores that we may use."""
+    name = platform.processor() or platform.machine()
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        name = match[1] if match else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
 
 
 @cache

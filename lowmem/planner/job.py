@@ -13,15 +13,23 @@ import torch
 
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
-from lowmem.config.recompute import Level, levels_of
-from lowmem.config.schema import Config, ModelConfig, OptimizerConfig, UpdateMode, settled
+from lowmem.config.recompute import levels_of
+from lowmem.config.schema import (
+    Config,
+    Logits,
+    ModelConfig,
+    OptimizerConfig,
+    UpdateMode,
+    WeightFormat,
+    settled,
+)
 from lowmem.errors import ConfigError
 from lowmem.kernels.attention import choose_backend
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.method import Reallocating
 from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.allocator import expandable_segments, replay
-from lowmem.planner.candidates import Kind, clip_of, curvatures
+from lowmem.planner.candidates import Kind, clip_of
 from lowmem.planner.compose import (
     ModelBytes,
     OptimizerBytes,
@@ -32,7 +40,6 @@ from lowmem.planner.compose import (
 )
 from lowmem.planner.plan import Card, Choice, Memory, Rates
 from lowmem.planner.rehearse import (
-    DTYPES,
     Rehearsal,
     model_on_meta,
     optimizer_on_meta,
@@ -41,8 +48,6 @@ from lowmem.planner.rehearse import (
 from lowmem.planner.speed import Timed, seconds
 from lowmem.units import MIB
 
-# One of ":4096:8" (cli/main.py) for each of the two threads that multiply: ours and autograd's.
-CUBLAS_WORKSPACE = 2 * 33_554_432
 # Where no rates are known settings must still be compared: by those of a common machine.
 COMMON_RATES = {"cuda": Rates("a common card", 80, 600), "cpu": Rates("a common CPU", 0.2, 30)}
 
@@ -59,9 +64,10 @@ class Job:
     attention: str
     _models: dict[Any, ModelBytes] = field(default_factory=dict)
     _optimizers: dict[Any, OptimizerBytes] = field(default_factory=dict)
-    _whole: dict[str, Rehearsal] = field(default_factory=dict)
+    _memories: dict[str, Memory] = field(default_factory=dict)
+    _missed: dict[UpdateMode, int] = field(default_factory=dict)
     _persistent: dict[str, int] = field(default_factory=dict)
-    _llamas: dict[tuple[str, int], Llama] = field(default_factory=dict)
+    _llamas: dict[tuple[WeightFormat, int], Llama] = field(default_factory=dict)
 
     @staticmethod
     def of(config: Config, card: Card) -> "Job":
@@ -77,17 +83,20 @@ class Job:
             )
         if config.train.recompute != "auto":
             _check_recompute(config.train.recompute, model.num_hidden_layers)
-        weights = config.train.weights
-        dtype = torch.bfloat16 if weights == "auto" else DTYPES[settled(weights)]
+        given = config.train.weights
+        weights: WeightFormat = "bf16" if given == "auto" else settled(given)
+        dtype = compute_dtype(weights, config.train.device)
         attention = choose_backend("auto", torch.device(config.train.device), dtype, model.head_dim)
         return Job(config, card, model, rows, seq_len, attention)
 
     @property
     def workspace(self) -> int:
         """Bytes that libraries hold throughout a run on this device."""
-        return 0 if self.config.train.device == "cpu" else CUBLAS_WORKSPACE
+        return 0 if self.config.train.device == "cpu" else self.card.workspace
 
-    def choice(self, kind: Kind, mode: UpdateMode, recompute: str, micro: int) -> Choice:
+    def choice(
+        self, kind: Kind, mode: UpdateMode, recompute: str, logits: Logits, micro: int
+    ) -> Choice:
         """These settings as a Choice, with micro-batches made equal in size."""
         accumulate = math.ceil(self.rows / micro)
         return Choice(
@@ -100,6 +109,7 @@ class Job:
             micro if self.config.train.micro_batch != "auto" else math.ceil(self.rows / accumulate),
             accumulate,
             clip_of(self.config, mode),
+            logits,
         )
 
     def optimizer(self, kind: Kind) -> OptimizerConfig:
@@ -126,15 +136,13 @@ class Job:
 
     def peak(self, choice: Choice) -> int:
         """Bytes that the allocator will have reserved at the peak, the last of them guessed."""
-        return self._reserved(self.tensors(choice))
+        return self._reserved(self.tensors(choice)) + self._missed.get(choice.update, 0)
 
     def tensors(self, choice: Choice) -> int:
         """Bytes of live tensors at the peak: exact but for estimates of the curvature, which are
         passes of their own."""
-        blocks = self.model.num_hidden_layers
-        levels = {level: self._model_bytes(choice, level) for level in self._named(choice)}
-        added = self._optimizer_bytes(choice)
-        return compose(levels, added, choice.recompute, blocks) + self.workspace
+        parts = self._model_bytes(choice), self._optimizer_bytes(choice)
+        return compose(*parts, choice.recompute, self.model.num_hidden_layers) + self.workspace
 
     def seconds(self, choice: Choice) -> float:
         """Of an update, for comparisons: by the card's rates, or by those of a common one."""
@@ -147,46 +155,46 @@ class Job:
 
     def memory(self, choice: Choice) -> Memory:
         """The whole model rehearsed, its allocations replayed."""
-        full = self._rehearsed(choice)
-        exact = not curvatures(kind_of(choice), self.config.optimizer)
-        if exact and full.tensors != self.tensors(choice):
-            raise RuntimeError(
-                f"the composed peak of {choice.sentence()} is {self.tensors(choice)} bytes, the "
-                f"rehearsed one {full.tensors}: please report this"
-            )
-        if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
-            return Memory(full.tensors, full.tensors, full.tensors, full.parts, full.instant)
-        peaks = replay(full.events, expandable=expandable_segments())
-        return Memory(full.tensors, peaks.allocated, peaks.reserved, full.parts, full.instant)
-
-    def _rehearsed(self, choice: Choice) -> Rehearsal:
         key = repr(choice)
-        if key not in self._whole:
-            self._whole[key] = rehearse(
-                self.model,
-                self.optimizer(kind_of(choice)),
-                choice,
-                self.seq_len,
-                attention=self.attention,
-                workspace=self.workspace,
-                updates=1 if expandable_segments() else 2,
-            )
-        return self._whole[key]
+        if key not in self._memories:
+            self._memories[key] = self._replayed(choice)
+        return self._memories[key]
 
-    def _named(self, choice: Choice) -> set[Level]:
-        return set(levels_of(choice.recompute, self.model.num_hidden_layers))
+    def learn(self, choice: Choice) -> None:
+        """Guess what the allocator takes in that update mode by what it takes for this choice."""
+        missed = self.memory(choice).reserved - self.peak(choice)
+        self._missed[choice.update] = self._missed.get(choice.update, 0) + max(0, missed)
 
-    def _model_bytes(self, choice: Choice, level: Level) -> ModelBytes:
-        key = (choice.weights, level, choice.micro_batch, choice.accumulate > 1)
+    def _replayed(self, choice: Choice) -> Memory:
+        full = self._rehearsal(choice)
+        told = full.parts, full.instant, full.phases
+        if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
+            return Memory(full.tensors, full.tensors, full.tensors, *told)
+        peaks = replay(full.events, expandable=expandable_segments())
+        return Memory(full.tensors, peaks.allocated, peaks.reserved, *told)
+
+    def _rehearsal(self, choice: Choice) -> Rehearsal:
+        return rehearse(
+            self.model,
+            self.optimizer(kind_of(choice)),
+            choice,
+            self.seq_len,
+            attention=self.attention,
+            workspace=self.workspace,
+            updates=1 if expandable_segments() else 2,
+        )
+
+    def _model_bytes(self, choice: Choice) -> ModelBytes:
+        key = (choice.weights, choice.logits, choice.micro_batch, choice.accumulate > 1)
         if key not in self._models:
-            self._models[key] = model_bytes(self.model, choice, level, self.seq_len, self.attention)
+            self._models[key] = model_bytes(self.model, choice, self.seq_len, self.attention)
         return self._models[key]
 
     def _optimizer_bytes(self, choice: Choice) -> OptimizerBytes:
         kind, clipped = kind_of(choice), choice.clip is not None
         key = (repr(kind), choice.update, choice.accumulate > 1, clipped)
         if key not in self._optimizers:
-            pieces = self._model_bytes(choice, next(iter(self._named(choice)))).pieces
+            pieces = self._model_bytes(choice).pieces
             self._optimizers[key] = optimizer_bytes(
                 self._owner(kind, choice.update),
                 choice,
@@ -204,7 +212,7 @@ class Job:
             return optimizer_on_meta(whole, self.optimizer(kind), mode)
         return owner
 
-    def _llama(self, weights: str, blocks: int) -> Llama:
+    def _llama(self, weights: WeightFormat, blocks: int) -> Llama:
         blocks = min(blocks, self.model.num_hidden_layers)
         if (weights, blocks) not in self._llamas:
             model = self.model.model_copy(update={"num_hidden_layers": blocks})

@@ -140,6 +140,14 @@ def automatic(names: Sequence[str], *, ranked: bool = False) -> list[str]:
     return [name for name in names if name in known - _file()["by_name_only"].keys()]
 
 
+def why_by_name_only(name: str) -> str:
+    """Why the planner does not choose that method by itself; empty where it may."""
+    told: str | None = _file()["by_name_only"].get(name)
+    if told is not None or automatic([name]):
+        return told or ""
+    return "nobody has published perplexities of it that count"
+
+
 @cache
 def penalty(
     method: str, rank: float | None, moments: str, parameters: float, weights: str = "bf16"

@@ -10,9 +10,9 @@ See docs/memory.md.
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,27 +21,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lowmem.config.schema import ModelConfig, OptimizerConfig, UpdateMode
+from lowmem.config.schema import ModelConfig, OptimizerConfig, UpdateMode, WeightFormat
 from lowmem.kernels.blockwise import lookup_tables
+from lowmem.kernels.grouped_weight import Weight
 from lowmem.kernels.random_normal import lookup_table
 from lowmem.kernels.slices import rehearsing
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
-from lowmem.phases import current_phase
-from lowmem.planner.plan import Choice
+from lowmem.phases import current_phase, phase, sentence
+from lowmem.planner.plan import Choice, PhasePeak
+from lowmem.planner.workspaces import scratch_of_operators
 
 GRANULE = 512  # the CUDA caching allocator rounds every request up to it
-_MULTIPROCESSORS = 132  # of the largest cards that are common
 _STRAY_BYTES = 2**20  # more than this in real memory during a rehearsal is a bug
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+GATHER, STEP, EVALUATE = SEGMENTS = ("forward and backward", "update", "evaluation")
+
+PERSISTENT = ("weights", "states", "projections")
 PARTS = (
-    "weights",
-    "states",
-    "projections",
+    *PERSISTENT,
     "gradients",
     "activations",
     "loss",
@@ -49,6 +50,18 @@ PARTS = (
     "batch",
     "workspace",
 )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a run. peak: highest bytes inside. end: bytes at its end.
+
+    events: (start, stop) in the list of allocations, one for each time that it ran.
+    """
+
+    peak: int
+    end: int
+    events: list[tuple[int, int]]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,12 +74,15 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, device_type: str, scratch: bool = False) -> None:
         super().__init__()
         self.device_type = device_type
-        self._workspaces: dict[Any, Callable[..., int]] = WORKSPACE if scratch else {}
+        self._workspaces = scratch_of_operators() if scratch else {}
         self.events: list[tuple[int, int]] = []
         self.live = 0
         self.peak = 0
         self.peak_parts: dict[str, int] = {}
         self.peak_phase: tuple[str, ...] = ()
+        self.segments: dict[str, Segment] = {}
+        self._highest = 0  # in the open segment
+        self.highest: dict[str, PhasePeak] = {}  # by kind of phase
         self._parts: defaultdict[str, int] = defaultdict(int)
         self._seen = WeakIdKeyDictionary()
         self._ids = itertools.count()
@@ -75,6 +91,22 @@ class LiveBytes(TorchDispatchMode):
         """Count tensors that exist beforehand."""
         for tensor in tensors.values() if isinstance(tensors, Mapping) else tensors:
             self._add(tensor, part)
+
+    def parts(self) -> dict[str, int]:
+        """What the live bytes are for, now."""
+        return {name: size for name, size in self._parts.items() if size}
+
+    @contextmanager
+    def segment(self, name: str) -> Iterator[None]:
+        """Note the highest bytes inside and what is left at the end; segments do not nest.
+
+        Of a name that comes again the higher peak and the last end are kept.
+        """
+        self._highest, start = self.live, len(self.events)
+        yield
+        earlier = self.segments.get(name, Segment(0, 0, []))
+        runs = [*earlier.events, (start, len(self.events))]
+        self.segments[name] = Segment(max(earlier.peak, self._highest), self.live, runs)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -122,13 +154,23 @@ class LiveBytes(TorchDispatchMode):
         self.events.append((number, -size))
 
     def _mark(self, scratch: int, part: str) -> None:
-        if self.live + scratch <= self.peak:
+        self._highest = max(self._highest, self.live + scratch)
+        live, phases = self.live + scratch, current_phase()
+        kind = kind_of_phase(phases)
+        is_highest = kind not in self.highest or live > self.highest[kind].tensors
+        if live <= self.peak and not is_highest:
             return
-        self.peak = self.live + scratch
-        self.peak_phase = current_phase()
-        self.peak_parts = {name: size for name, size in self._parts.items() if size}
+        parts = self.parts()
         if scratch:
-            self.peak_parts[part] = self.peak_parts.get(part, 0) + scratch
+            parts[part] = parts.get(part, 0) + scratch
+        if is_highest:
+            self.highest[kind] = PhasePeak(kind, live, _ordered(parts), sentence(phases))
+        if live > self.peak:
+            self.peak, self.peak_phase, self.peak_parts = live, phases, parts
+
+    def phase_peaks(self) -> list[PhasePeak]:
+        """The worst moment of every kind of phase, the highest first."""
+        return sorted(self.highest.values(), key=lambda peak: -peak.tensors)
 
 
 def part_of(phases: tuple[str, ...]) -> str:
@@ -143,20 +185,17 @@ def part_of(phases: tuple[str, ...]) -> str:
     return "activations"
 
 
-def _eigh_scratch(matrix: Tensor, *rest: Any) -> int:
-    # Bound for cuSOLVER's syevd in float64: a copy of the matrix and twice its size to work in.
-    return 3 * matrix.numel() * matrix.element_size()
-
-
-def _flash_backward_scratch(grad: Tensor, query: Tensor, key: Tensor, *rest: Any) -> int:
-    # flash-attention 2: row sums, and a float32 query gradient padded to 128 tokens and 32 columns,
-    # in deterministic mode (which exact resume needs) one for each share of the processors.
-    batch, heads, length, width = query.shape
-    tokens, columns = -(-length // 128) * 128, -(-width // 32) * 32
-    shares = -(-_MULTIPROCESSORS // (batch * heads))
-    # With fewer key heads, their gradients are first made for every query head.
-    expanded = 2 * query.numel() * query.element_size() if key.shape[1] != heads else 0
-    return 4 * batch * heads * tokens * (columns * shares + 1) + expanded
+def kind_of_phase(phases: tuple[str, ...]) -> str:
+    """The kind of work these phases are: forward, loss, backward, ..., or other outside of all."""
+    for name in ("evaluation", "curvature"):
+        if name in phases:
+            return name
+    for name in reversed(phases):
+        if name in ("update", "refresh", "loss"):
+            return name
+    if any(name.startswith(("backward", "gradient")) for name in phases):
+        return "backward"
+    return "forward" if phases else "other"
 
 
 IN_PLACE = {
@@ -183,24 +222,22 @@ IN_PLACE = {
 }
 """Operators that only overwrite their first argument: on meta there is nothing to do."""
 
-WORKSPACE: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._linalg_eigh.default: _eigh_scratch,
-    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch,
-}
-"""Scratch memory of operators that allocate it out of sight, in bytes, from their arguments.
-
-The tracker adds it at the moment of the call; see docs/memory.md.
-"""
-
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsed update needs; the fields are those of LiveBytes."""
+    """What a rehearsed update needs; the fields are those of LiveBytes.
+
+    persistent: what lives as long as the run, by part. segments: by name of SEGMENTS.
+    phases: the worst moment of every kind of phase, the highest first.
+    """
 
     tensors: int
     parts: dict[str, int]
     instant: str
     events: list[tuple[int, int]]
+    phases: list[PhasePeak]
+    persistent: dict[str, int] = field(default_factory=dict)
+    segments: dict[str, Segment] = field(default_factory=dict)
 
 
 def rehearse(
@@ -220,34 +257,61 @@ def rehearse(
     classic allocator's holes.
     """
     tracker = LiveBytes("meta", scratch=attention != "cpu")
-    llama = model_on_meta(model, choice.weights, choice.recompute, attention)
+    llama = model_on_meta(
+        model, choice.weights, choice.recompute, attention, keep_logits=choice.logits == "keep"
+    )
     owner = optimizer_on_meta(llama, optimizer, choice.update)
     owner.attach(llama)
     track_persistent(tracker, owner)
     libraries = torch.empty(workspace, dtype=torch.uint8, device="meta")
     tracker.track([libraries], "workspace")
+    persistent = tracker.parts()
     with tracker, standing_for(attention):
         for _ in range(updates):
-            loss_and_norm = update(llama, owner, choice, seq_len)
-            owner.step()
-        evaluate(llama, choice, seq_len)
-    del libraries, loss_and_norm  # the latter are a training loop's until the next update
+            with tracker.segment(GATHER):
+                loss_and_norm = update(llama, owner, choice, seq_len)
+            with tracker.segment(STEP):
+                owner.step()
+            del loss_and_norm  # training reads them after the step
+        with tracker.segment(EVALUATE):
+            evaluate(llama, choice, seq_len)
+    del libraries
     return Rehearsal(
-        tracker.peak, _ordered(tracker.peak_parts), sentence(tracker.peak_phase), tracker.events
+        tracker.peak,
+        _ordered(tracker.peak_parts),
+        sentence(tracker.peak_phase),
+        tracker.events,
+        tracker.phase_peaks(),
+        persistent,
+        tracker.segments,
     )
 
 
-def model_on_meta(model: ModelConfig, weights: str, recompute: str, attention: str) -> Llama:
+def model_on_meta(
+    model: ModelConfig,
+    weights: WeightFormat,
+    recompute: str,
+    attention: str,
+    *,
+    keep_logits: bool = False,
+) -> Llama:
     """The very model that would be trained, without memory."""
-    dtype = DTYPES[weights]
-    return Llama(model, dtype=dtype, device="meta", recompute=recompute, attention=attention)
+    return Llama(
+        model,
+        dtype=compute_dtype(weights, "cpu" if attention == "cpu" else "cuda"),
+        device="meta",
+        int8=weights == "int8",
+        recompute=recompute,
+        keep_logits=keep_logits,
+        attention=attention,
+    )
 
 
 def optimizer_on_meta(llama: Llama, optimizer: OptimizerConfig, mode: UpdateMode) -> Optimizer:
     """Its optimizer, when that holds most."""
     owner = build_optimizer(
         optimizer,
-        dict(llama.named_parameters()),
+        llama.weights(),
         llama.roles(),
         mode=mode,
         seed=0,
@@ -265,20 +329,53 @@ def standing_for(attention: str) -> AbstractContextManager[None]:
 def track_persistent(
     tracker: LiveBytes, optimizer: Optimizer, names: Iterable[str] | None = None
 ) -> None:
-    """Count weights and states, which live as long as the run, with the tables they look up.
+    """Count what lives as long as the run. names: of the weights; all of the optimizer's else."""
+    for part, tensor in persistent_tensors(optimizer, names):
+        tracker.track([tensor], part)
 
-    names: of the weights; all that the optimizer has by default.
-    """
-    for name in optimizer.slots if names is None else names:
+
+def persistent_tensors(
+    optimizer: Optimizer, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(part, tensor) of weights, states and the tables they need; a table may come repeatedly."""
+    chosen = list(optimizer.slots if names is None else names)
+    for name in chosen:
         slot = optimizer.slots[name]
-        tracker.track([slot.weight], "weights")
+        yield from (("weights", tensor) for tensor in stored(slot.weight))
         for key, value in slot.state.items():
             if isinstance(value, Tensor):
-                tracker.track([value], "projections" if key.endswith("basis") else "states")
+                yield "projections" if key.endswith("basis") else "states", value
+    yield from tables(optimizer, chosen)
+
+
+def tables(
+    optimizer: Optimizer, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(part, tensor) of the constants that 8-bit states and drawn bases look up."""
+    for name in optimizer.slots if names is None else names:
+        device = str(optimizer.slots[name].weight.device)
+        for key in optimizer.slots[name].state:
             if key.endswith(".codes"):
-                tracker.track(lookup_tables(str(slot.weight.device)), "states")
+                yield from (("states", table) for table in lookup_tables(device))
             if key.endswith("basis"):
-                tracker.track([lookup_table(str(slot.weight.device))], "projections")
+                yield "projections", lookup_table(device)
+
+
+def bytes_by_part(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Bytes of real tensors by part, each storage once and rounded up as the allocator does."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for part, tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            found[part] = found.get(part, 0) + -(-storage.nbytes() // GRANULE) * GRANULE
+    return found
+
+
+def stored(weight: Weight) -> list[Tensor]:
+    """The tensors that hold a weight."""
+    return [weight] if isinstance(weight, Tensor) else [weight.codes, weight.scales, weight.zeros]
 
 
 def update(
@@ -299,8 +396,9 @@ def update(
 
 def evaluate(model: Llama, choice: Choice, seq_len: int) -> None:
     """An evaluation batch of the size of a micro-batch."""
-    inputs, targets = _batch(choice.micro_batch, seq_len)
-    model.loss_sum(inputs, targets)
+    with phase("evaluation"):
+        inputs, targets = _batch(choice.micro_batch, seq_len)
+        model.loss_sum(inputs, targets)
 
 
 def _batch(rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
@@ -313,8 +411,3 @@ def _batch(rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
 
 def _ordered(parts: Mapping[str, int]) -> dict[str, int]:
     return {name: parts[name] for name in PARTS if parts.get(name)}
-
-
-def sentence(phases: tuple[str, ...]) -> str:
-    """The moment as people say it: "backward of block 32, gradient of mlp.down"."""
-    return ", ".join(dict.fromkeys(phases)) or "before the first update"

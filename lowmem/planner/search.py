@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.config.recompute import in_words
-from lowmem.config.schema import Config, ModelConfig, UpdateMode, settled
+from lowmem.config.schema import Config, Logits, ModelConfig, UpdateMode, settled
 from lowmem.optim.assign import learning_rate
 from lowmem.optim.methods import METHODS, method_spec
 from lowmem.optim.methods.third_party import package_of, refused
 from lowmem.planner.candidates import (
     Family,
     Kind,
+    curvatures,
     families,
     modes,
     quality,
@@ -36,10 +37,10 @@ from lowmem.planner.speed import estimate, require_rates, within_hours
 from lowmem.units import format_bytes
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed
-ATTEMPTS = 4
+ATTEMPTS = 6
 SPEED_CLASS = 1.03
 _BESIDE = 2  # methods shown after the choice
-_SMALLEST_TRIED = 3
+_SMALLEST_TRIED = _FASTEST_TRIED = 3
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,9 @@ def make_plan(
         others = [row for row in rows if row.choice.method != smallest.method]
         return _plan(job, smallest, [_too_large(job, smallest, room), *others], notes)
     for _ in range(ATTEMPTS):
-        excess = job.memory(choice).reserved - card.usable_bytes
-        if excess <= 0:
+        if job.memory(choice).reserved <= room:
             break
-        room -= excess  # what the allocator takes beyond the guess
+        job.learn(choice)  # what the allocator takes beyond the guess
         rows, again = search(job, room)
         if again is None:
             break
@@ -117,6 +117,8 @@ def _plan(job: Job, choice: Choice, rows: list[Candidate], notes: list[str]) -> 
     if config.optimizer.method == "auto" and memory.reserved <= card.usable_bytes:
         notes = [*notes, f"method {choice.method}: the best published quality that fits"]
     notes = [*notes, *_said(config, filled, job.model)]
+    if job.tensors(choice) != memory.tensors and not curvatures(kind_of(choice), config.optimizer):
+        notes.append("the search and the rehearsal disagree about this plan: please report it")
     cost = quality(kind_of(choice), job.model)
     plan = Plan(filled, card, choice, memory, rows, [], notes, speed, cost)
     return plan if plan.fits else replace(plan, fixes=list(fixes(job, choice, memory)))
@@ -211,20 +213,26 @@ def _smallest(job: Job, kind: Kind, mode: UpdateMode) -> list[Choice]:
     fixed = job.config.train.micro_batch
     sizes = {job.rows} if mode == "fused" else {1, job.rows}
     sizes = sizes if fixed == "auto" else {settled(fixed)}
-    return [job.choice(kind, mode, _most_recomputed(job), size) for size in sorted(sizes)]
+    settings = _recompute(job, "full"), _logits(job, "recompute")
+    return [job.choice(kind, mode, *settings, size) for size in sorted(sizes)]
 
 
-def _most_recomputed(job: Job) -> str:
+def _recompute(job: Job, wanted: str) -> str:
+    """What is wanted, unless the user fixed it."""
     fixed = job.config.train.recompute
-    return "full" if fixed == "auto" else fixed
+    return wanted if fixed == "auto" else fixed
+
+
+def _logits(job: Job, wanted: Logits) -> Logits:
+    fixed = job.config.train.logits
+    return wanted if fixed == "auto" else settled(fixed)
 
 
 def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None:
     """The fastest micro-batch and recomputation that fit; of the equally fast the smallest."""
     best: tuple[int, int, Choice] | None = None
-    least = "keep" if job.config.train.recompute == "auto" else _most_recomputed(job)
-    optimistic = [job.choice(kind, mode, least, size) for size in _micro_batches(job, mode)]
-    for hope in sorted(optimistic, key=job.seconds):
+    hopes = [_hope(job, kind, mode, size) for size in _micro_batches(job, kind, mode, room)]
+    for hope in sorted(hopes, key=job.seconds):
         if best is not None and _speed_class(job, hope) > best[0]:
             break
         found = _least_recomputed(job, hope, room)
@@ -234,20 +242,51 @@ def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None
     return None if best is None else best[2]
 
 
-def _micro_batches(job: Job, mode: UpdateMode) -> list[int]:
-    """Sizes to try: powers of two, those between them, and the whole batch."""
+def _hope(job: Job, kind: Kind, mode: UpdateMode, micro: int) -> Choice:
+    """The fastest settings with that micro-batch, if they fit."""
+    return job.choice(kind, mode, _recompute(job, "keep"), _logits(job, "keep"), micro)
+
+
+def _micro_batches(job: Job, kind: Kind, mode: UpdateMode, room: int) -> list[int]:
+    """Sizes that fit: powers of two, those between them, and the whole batch, which needs no sums.
+
+    The smallest where none does.
+    """
     fixed = job.config.train.micro_batch
     if fixed != "auto":
         return [settled(fixed)]
     if mode == "fused":
         return [job.rows]
-    most = max(1, MAX_TOKENS[job.config.train.device] // job.seq_len)
-    sizes = {size for power in range(20) for size in (2**power, 3 * 2**power)}
-    return [*sorted(size for size in sizes if size <= min(most, job.rows)), job.rows]
+
+    def fits(size: int) -> bool:
+        settings = _recompute(job, "full"), _logits(job, "recompute")
+        return job.fits(job.choice(kind, mode, *settings, size), room)
+
+    most = min(_most_rows(job), job.rows - 1)
+    powers = {size for power in range(20) for size in (2**power, 3 * 2**power)}
+    sizes = sorted(size for size in powers if size <= most)
+    last = _last(len(sizes), lambda index: fits(sizes[index])) if sizes else None
+    whole = [job.rows] if job.rows <= _most_rows(job) or last is None else []
+    return [*(sizes[: last + 1] if last is not None else []), *whole]
 
 
-def _least_recomputed(job: Job, choice: Choice, room: int) -> Choice | None:
-    """These settings with as few blocks recomputed as fit: those above keep everything first."""
+def _most_rows(job: Job) -> int:
+    return max(1, MAX_TOKENS[job.config.train.device] // job.seq_len)
+
+
+def _least_recomputed(job: Job, hope: Choice, room: int) -> Choice | None:
+    """As `hope`, which recomputes least, or with as little more recomputed as fits."""
+    if job.fits(hope, room):
+        return hope
+    ways = (
+        [hope] if job.config.train.logits != "auto" else [hope, replace(hope, logits="recompute")]
+    )
+    found = [_fewest_blocks(job, way, room) for way in ways]
+    return min((each for each in found if each is not None), key=job.seconds, default=None)
+
+
+def _fewest_blocks(job: Job, choice: Choice, room: int) -> Choice | None:
+    """With as few blocks recomputed as fit: the upper blocks keep everything first."""
     if job.config.train.recompute != "auto":
         return choice if job.fits(choice, room) else None
     blocks = job.model.num_hidden_layers
@@ -258,8 +297,6 @@ def _least_recomputed(job: Job, choice: Choice, room: int) -> Choice | None:
     def fitting(of: Callable[[int], Choice], most: int) -> int | None:
         return _last(most + 1, lambda count: job.fits(of(count), room))
 
-    if job.fits(at(blocks, 0), room):
-        return at(blocks, 0)
     more = fitting(lambda count: at(1 + count, 0), blocks - 1)
     if more is None:
         return None
@@ -310,46 +347,44 @@ def _too_large(job: Job, least: Choice, room: int) -> Candidate:
 def _others(job: Job, choice: Choice, room: int) -> Iterator[Candidate]:
     """What else fits: the next methods in quality, the fastest of all, and the smallest of all."""
     tried = families(job.config, job.model)
-    shown, left = {choice.method}, dict[str, Family]()
-    for family in tried:
-        left.setdefault(family.method, family)
-    for method, family in left.items():
-        if (
-            len(shown) <= _BESIDE
-            and method not in shown
-            and quality(family.best, job.model).rung >= quality(kind_of(choice), job.model).rung
-        ):
-            shown.add(method)
-            found = _best_of(job, family, room)
-            if found is None:
-                yield _rejected(job, family, room)
-            else:
-                reason = "fits; comes after the choice in published quality"
-                yield Candidate(found.choice, True, job.peak(found.choice), reason=reason)
+    for family in _next_methods(job, tried, choice):
+        found = _best_of(job, family, room)
+        if found is None:
+            yield _rejected(job, family, room)
+        else:
+            yield Candidate(found.choice, True, job.peak(found.choice), reason="next in quality")
     fastest = _fastest_of_all(job, tried, choice, room)
     yield Candidate(fastest, True, job.peak(fastest), reason="fastest")
     smallest = least(job)
-    yield Candidate(smallest, True, job.peak(smallest), reason="smallest")
+    if job.fits(smallest, room):
+        yield Candidate(smallest, True, job.peak(smallest), reason="smallest")
+
+
+def _next_methods(job: Job, tried: Sequence[Family], choice: Choice) -> list[Family]:
+    """The best family of each of the methods that come after the choice."""
+    rung = quality(kind_of(choice), job.model).rung
+    left: dict[str, Family] = {}
+    for family in tried:
+        if family.method != choice.method and quality(family.best, job.model).rung >= rung:
+            left.setdefault(family.method, family)
+    return list(left.values())[:_BESIDE]
 
 
 def _fastest_of_all(job: Job, tried: Sequence[Family], choice: Choice, room: int) -> Choice:
-    """The settings with the shortest update, of any quality."""
+    """The settings with the shortest update, of any quality: of the few that could be fastest."""
     hopes = [
-        (job.seconds(hope), family)
+        (job.seconds(_hope(job, family.least, mode, min(job.rows, _most_rows(job)))), family, mode)
         for family in tried
         for mode in _modes(job, family)
-        for hope in [job.choice(family.least, mode, "keep", _micro_batches(job, mode)[-1])]
+        if job.persistent(family.least) <= room
     ]
     best = choice
-    for hope, family in sorted(hopes, key=lambda each: each[0]):
-        if hope >= job.seconds(best) / SPEED_CLASS:
+    for hope, family, mode in sorted(hopes, key=lambda each: each[0])[:_FASTEST_TRIED]:
+        if hope >= job.seconds(best):
             break
-        if job.persistent(family.least) > room:
-            continue
-        for mode in _modes(job, family):
-            found = _fastest(job, family.least, mode, room)
-            if found is not None:
-                best = min(best, found, key=job.seconds)
+        found = _fastest(job, family.least, mode, room)
+        if found is not None:
+            best = min(best, found, key=job.seconds)
     return best
 
 
@@ -373,6 +408,7 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "micro_batch": choice.micro_batch,
             "update": choice.update,
             "recompute": choice.recompute,
+            "logits": choice.logits,
             "clip": "off" if choice.clip is None else choice.clip,
             "weights": choice.weights,
         }

@@ -23,12 +23,13 @@ UTILISATION = {"products": 0.5, "attention": 0.4}
 """Share of the peak rate. Presets: training end to end is published with 33 to 60 % on A100 and
 H100, 56 % by TinyLlama (arXiv:2401.02385); attention of short rows is slower."""
 HALF_FULL = 64  # tokens of a micro-batch at which its products reach half of that: a preset
+REACHED = {"products": 1.0, "attention": 0.8}
+"""The same of products that were timed on the card; attention is slower in the ratio above."""
 BANDWIDTH = 0.8  # share that a pass over large tensors reaches: a preset
 ERROR = 0.25  # of an estimate from presets
 # Operations/s of SVD, QR and Cholesky, which do not follow the peak of products: the matrices of 7B
 # by SVD every 200 updates are 2.87 s per update on an A100 (arXiv:2412.05270, Table 7).
 SOLVER_RATE = 0.82e12
-LARGE_HEAD = 2**25  # elements: kernels/linear_cross_entropy.py then makes the logits twice
 
 PASSES = {
     "norm": 5,
@@ -38,13 +39,14 @@ PASSES = {
     "rotation": 11,
     "gate": 5,
     "gate backward": 5,
-    "logits": 22,
-    "logits twice": 29,
+    "logits": 29,
+    "codes": 5.5,
 }
 """What kernels/ move per element, in elements of two bytes, as they are written now. Two work on
 slices that stay in the cache, "norm backward" and "gate backward": each operand counts once."""
 
-_ACTIVATION = 2  # bytes: bf16, as gradients and weights are
+_ACTIVATION = 2  # bytes: bf16, as gradients and most weights are
+_CODE = 1  # of a weight in int8, whose scales are few
 _SUM = 4  # float32
 _STATE = {"fp32": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
 _NEWTON_SCHULZ = 5  # iterations
@@ -80,8 +82,8 @@ class Op:
     tokens: float = 0.0  # of a product with activations, which few of them leave half idle
 
     def seconds(self, rates: Rates) -> float:
-        moving = self.bytes / (BANDWIDTH * 1e9 * rates.bandwidth)
-        share = UTILISATION.get(self.kind)
+        moving = self.bytes / ((1.0 if rates.measured else BANDWIDTH) * 1e9 * rates.bandwidth)
+        share = (REACHED if rates.measured else UTILISATION).get(self.kind)
         rate = SOLVER_RATE if share is None else share * 1e12 * rates.tflops
         filled = self.tokens / (self.tokens + HALF_FULL) if self.tokens else 1.0
         return self.times * max(self.operations / (rate * filled), moving)
@@ -234,10 +236,10 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
     yield _product(tokens, f, h, 2 * (3 * blocks + again))
     yield _product(tokens, h, f, 3 * blocks)
 
-    if choice.weights == "int8":  # made bf16 for every product: a byte read, two written
-        used = (2 * blocks + attends) * 2 * h * (q + kv)
-        used += (2 * blocks + again) * 2 * h * f + 2 * blocks * h * f
-        yield Op("int8 weights", "traffic", 0, 3 * used)
+    if choice.weights == "int8":  # forward, input gradient, and what is computed again
+        attention = 2 * (q + kv) * h * (2 * blocks + attends)
+        elements = attention + 2 * f * h * (2 * blocks + again) + h * f * 2 * blocks
+        yield Op("dequantisation", "traffic", 0, _ACTIVATION * PASSES["codes"] * elements)
 
     causal = 2 * tokens * seq_len * q  # q k' and p v, half of each
     read = _ACTIVATION * tokens * (q + kv)
@@ -252,10 +254,10 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
     yield Op("element-wise", "traffic", 0, _ACTIVATION * tokens * width)
 
     vocabulary = model.vocab_size
-    large = vocabulary * h > LARGE_HEAD
-    yield _product(tokens, vocabulary, h, 4 if large else 3, "head and loss")
-    passes = PASSES["logits twice" if large else "logits"]
-    yield Op("head and loss", "traffic", 0, _ACTIVATION * tokens * vocabulary * passes)
+    products = 3 if choice.logits == "keep" else 4
+    yield _product(tokens, vocabulary, h, products, "head and loss")
+    moved = _ACTIVATION * tokens * vocabulary * PASSES["logits"]
+    yield Op("head and loss", "traffic", 0, moved)
     embedding = 2 * tokens * h + vocabulary * h  # rows out and in, a gradient of zeros
     yield Op("element-wise", "traffic", 0, _ACTIVATION * embedding)
 
@@ -284,7 +286,8 @@ def _matrix_update(timed: Timed, work: Work, m: int, n: int, count: int) -> Iter
     if products:
         yield Op("optimizer", "products", products, 0, count)
     share = large * rank / size if work.low else 1.0
-    moved = size * _bytes_per_element(choice, work, share, summed_inside=inside)
+    element = _CODE if choice.weights == "int8" else _ACTIVATION
+    moved = size * _bytes_per_element(choice, work, share, summed_inside=inside, weight=element)
     yield Op("optimizer", "traffic", 0, moved, count)
     for side in sides:  # a product and a QR with its Q
         yield Op("refresh", "solver", 5 * side**3, 0, count / options.get("frequency", 10))
@@ -329,13 +332,18 @@ def _sums(choice: Choice, whole: float, projected: float) -> Iterator[Op]:
 
 
 def _bytes_per_element(
-    choice: Choice, work: Work, share: float = 1.0, *, summed_inside: bool = False
+    choice: Choice,
+    work: Work,
+    share: float = 1.0,
+    *,
+    summed_inside: bool = False,
+    weight: int = _ACTIVATION,
 ) -> float:
     """Gradient read, weight read and written, moments read and written.
 
-    share: elements in the subspace per element of the matrix.
+    share: elements in the subspace per element of the matrix. weight: bytes of one.
     """
     gradient = _SUM if choice.accumulate > 1 else _ACTIVATION
     read = gradient * (share if summed_inside else work.reads)
     form = "8bit" if choice.method == "adam8bit" else choice.states
-    return read + 2 * _ACTIVATION + 2 * work.moments * share * _STATE.get(form, 4.0)
+    return read + 2 * weight + 2 * work.moments * share * _STATE.get(form, 4.0)

@@ -1,7 +1,8 @@
 """Save and restore a run, exactly: complete or absent, by name, without pickle.
 
 checkpoints/step-001000/
-    model/              a Hugging Face folder: weights, config.json, tokenizer, lowmem.json
+    model/              a Hugging Face folder: weights, config.json, tokenizer, lowmem.json;
+                        of weights in codes one that only lowmem reads, see model/huggingface.py
     optimizer/          state.safetensors, key "<parameter>/<state key>"
     state.json          counters of the states, update, tokens, hash of the next batch
     manifest.json       every other file with size and sha256, and its own sha256
@@ -22,13 +23,16 @@ from lowmem import __version__
 from lowmem.data.batches import Batches
 from lowmem.data.cache import sync_folder
 from lowmem.data.shards import Corpus
-from lowmem.errors import CheckpointError, DataError
+from lowmem.errors import CheckpointError, ConfigError, DataError, short
 from lowmem.model.huggingface import (
-    METADATA,
+    CODES,
     WEIGHTS,
     folder_files,
     folder_weights,
+    in_codes,
     load_weights,
+    weights_file,
+    write_floats,
 )
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
@@ -39,7 +43,7 @@ from lowmem.train.snapshot import Position, Snapshot, TensorFile
 
 SCHEMA_VERSION = 1
 STATE, STATES = "state.json", "optimizer/state.safetensors"
-NEEDED = ("model/config.json", f"model/{WEIGHTS}", STATES, STATE)
+NEEDED = ("model/config.json", STATES, STATE)  # and the weights, as floats or codes
 ABOUT = "lowmem.json"  # what a model folder says of its training; transformers ignores it
 
 
@@ -60,11 +64,12 @@ def capture(
         "corpus": corpus.fingerprint,
         "next_batch": batches.of(at.update).digest(),
     }
+    weights, metadata = weights_file(model)
     return Snapshot(
         at,
         {f"model/{name}": content for name, content in files.items()} | {STATE: _json(state)},
         {
-            f"model/{WEIGHTS}": TensorFile(folder_weights(model), METADATA),
+            f"model/{weights}": TensorFile(folder_weights(model), metadata),
             STATES: TensorFile(list(optimizer.state_tensors())),
         },
     )
@@ -207,13 +212,17 @@ def verify(folder: Path) -> None:
     files = manifest.get("files")
     if not isinstance(files, dict) or not set(NEEDED) <= set(files):
         raise _damaged(folder, f"{folder / MANIFEST} does not list {', '.join(NEEDED)}")
+    if not {f"model/{WEIGHTS}", f"model/{CODES}"} & set(files):
+        raise _damaged(folder, f"{folder / MANIFEST} lists neither {WEIGHTS} nor {CODES}")
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     if manifest != signed(content):
         raise _damaged(folder, f"{folder / MANIFEST} is damaged: its sha256 is not its own")
     for name, expected in files.items():
         path = folder / name
         if not stays_inside(name):
-            raise _damaged(folder, f"{folder / MANIFEST} names {name!r}, outside of its folder")
+            raise _damaged(
+                folder, f"{folder / MANIFEST} names {short(name)}, outside of its folder"
+            )
         if not isinstance(expected, dict) or not {"size", "sha256"} <= set(expected):
             raise _damaged(folder, f"{folder / MANIFEST} does not say size and sha256 of {name}")
         if not path.is_file():
@@ -241,6 +250,7 @@ def restore(
             f"this lowmem {__version__} reads version {SCHEMA_VERSION}",
             f"use lowmem {state.get('lowmem')}",
         )
+    _check_state(folder, state)
     load_weights(model, folder / "model")
     optimizer.restore(read_tensors(folder / STATES), state["numbers"], state["optimizer_updates"])
     at = Position(state["update"], state["tokens"], state["carried"])
@@ -253,27 +263,65 @@ def restore(
     return at
 
 
+_STATE_TYPES = {
+    "update": int,
+    "tokens": int,
+    "optimizer_updates": int,
+    "numbers": dict,
+    "carried": dict,
+    "corpus": str,
+    "next_batch": str,
+}
+
+
+def _check_state(folder: Path, state: dict[str, Any]) -> None:
+    """CheckpointError for a state.json that the manifest vouches for and that makes no sense."""
+    for key, kind in _STATE_TYPES.items():
+        value = state.get(key)
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**62):
+            shown = short(repr(value))
+            raise _damaged(folder, f"{folder / STATE} has {key} = {shown}, which it never writes")
+    for name, numbers in state["numbers"].items():
+        if not isinstance(numbers, dict) or not all(
+            type(n) in (int, float) for n in numbers.values()
+        ):
+            raise _damaged(folder, f"{folder / STATE} has no counters for {short(name)}")
+
+
 def model_folder(path: Path) -> Path:
     """The Hugging Face folder that a path to weights means, verified where it has a manifest.
 
     path: a run (its newest checkpoint), a checkpoint, or such a folder. CheckpointError: none.
     """
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):  # pathlib raises where a name is too long
         return path
-    checkpoint = path if (path / MANIFEST).is_file() else Run.open(path).latest()
+    checkpoint = path if os.path.isfile(path / MANIFEST) else Run.open(path).latest()
     verify(checkpoint)
     return checkpoint / "model"
 
 
 def export(path: Path, out: Path) -> None:
-    """Copy the Hugging Face folder of a run or checkpoint to `out`, verified."""
-    shutil.copytree(model_folder(path), out, dirs_exist_ok=True)
+    """Copy the Hugging Face folder of a run or checkpoint to `out`, verified; codes as floats.
+
+    ConfigError: `out` cannot be written.
+    """
+    folder = model_folder(path)
+    try:
+        shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CODES))
+        if in_codes(folder):
+            write_floats(folder, out)
+    except (OSError, shutil.Error) as error:
+        raise ConfigError(
+            f"{short(str(out))} cannot be written",
+            short(str(error), 300),
+            "give a new folder in a place you may write to, with room for the weights",
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path.parent, f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise _damaged(path.parent, f"{path} is no JSON object")

@@ -11,8 +11,9 @@ import torch
 from lowmem.data.batches import validation_batches
 from lowmem.data.shards import Corpus, TokenStream
 from lowmem.errors import CheckpointError, ConfigError, DataError, HardwareError
-from lowmem.model.huggingface import load_folder
+from lowmem.model.huggingface import dtype_of, load_folder
 from lowmem.model.llama import Llama
+from lowmem.phases import phase
 from lowmem.train.checkpoint import ABOUT, model_folder
 from lowmem.train.events import perplexity
 
@@ -44,7 +45,8 @@ def evaluate(
     count = 0
     rows = rows or max(1, TOKENS_AT_ONCE // seq_len)
     for inputs, targets in validation_batches(stream, seq_len, rows, tokens):
-        total += model.loss_sum(inputs.to(device), targets.to(device))
+        with phase("evaluation"):
+            total += model.loss_sum(inputs.to(device), targets.to(device))
         count += int((targets >= 0).sum())
     loss = total.item() / count
     seconds = time.perf_counter() - began
@@ -71,7 +73,7 @@ def evaluate_folder(
     """
     folder = model_folder(path)
     config = _json_of(folder / "config.json")
-    dtype = _dtype_of(config)
+    dtype = dtype_of(config)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -105,17 +107,3 @@ def _json_of(path: Path) -> dict[str, Any]:
             f"{path} cannot be read", str(error), "copy the folder anew"
         ) from None
     return content if isinstance(content, dict) else {}
-
-
-def _dtype_of(config: dict[str, Any]) -> torch.dtype:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtypes = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    if name not in dtypes:
-        raise CheckpointError(
-            f"weights of dtype {name!r}", f"allowed: {', '.join(dtypes)}", "convert the weights"
-        )
-    return dtypes[name]

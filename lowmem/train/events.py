@@ -6,7 +6,7 @@ others.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -141,10 +141,36 @@ class Continued:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A category of memory, in bytes; measured: None where nothing could measure it."""
+
+    name: str
+    planned: int
+    measured: int | None
+
+
+@dataclass(frozen=True)
 class Measured:
-    """The peak of the first update beside the plan's, in bytes; what: which of the four numbers."""
+    """The peak of the first update beside the plan's, in bytes; what: which of the four numbers.
+
+    parts: of the tensors on the CPU, of what is allocated on CUDA.
+    """
 
     what: str
+    planned: int
+    measured: int
+    parts: list[Part] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Memory of the card grew beyond the plan, seen after `update` (0-based); in bytes.
+
+    whose: "others" (other programs) or "ours".
+    """
+
+    update: int
+    whose: str
     planned: int
     measured: int
 
@@ -176,6 +202,7 @@ Event = (
     | Storage
     | Saved
     | Measured
+    | Grown
     | Skipped
     | RolledBack
     | Paused

@@ -7,14 +7,17 @@ touch RUN/PAUSE   the run waits after this update until the file is removed
 
 import signal
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from lowmem.errors import OutOfMemoryError, Stopped
+from lowmem.phases import phases_of, sentence
 
 _POLL_SECONDS = 0.5
+_RESUME = "close what else uses the card and resume, or train with a smaller --micro-batch"
 
 
 class StopRequest:
@@ -111,15 +114,23 @@ def stopped_before_it_began() -> Iterator[None]:
 
 
 @contextmanager
-def told_out_of_memory() -> Iterator[None]:
-    """Turn the device's out-of-memory error into ours, with what helps."""
+def told_out_of_memory(describe: Callable[[], tuple[str, str]] | None = None) -> Iterator[None]:
+    """Turn the device's out-of-memory error into ours: in which phase, why and what helps.
+
+    describe: (more lines of why, of what helps), asked when the failed call's tensors are gone.
+    """
     import torch  # signals are handled before it has been loaded
 
     try:
         yield
+        return
     except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            "the device ran out of memory although the plan fitted",
-            str(error).partition("\n")[0],
-            "close what else uses the card and resume, or train with a smaller --micro-batch",
-        ) from None
+        where = sentence(phases_of(error))
+        reason = str(error).partition("\n")[0]
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed call
+    more, helps = describe() if describe is not None else ("", "")
+    raise OutOfMemoryError(
+        f"the device ran out of memory although the plan fitted, {where}",
+        f"{reason}\n{more}" if more else reason,
+        f"{_RESUME}\n{helps}" if helps else _RESUME,
+    )

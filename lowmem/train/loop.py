@@ -13,18 +13,17 @@ from torch import Tensor
 
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
-from lowmem.config.schema import Config, settled
+from lowmem.config.schema import Config, WeightFormat, settled
 from lowmem.data.batches import Batches, UpdateBatch
 from lowmem.data.shards import Corpus, TokenStream
 from lowmem.errors import DataError, DivergedError, HardwareError, Stopped
 from lowmem.kernels.attention import choose_backend
 from lowmem.model.huggingface import folder_weights
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Plan
-from lowmem.planner.rehearse import DTYPES
 from lowmem.train import checkpoint, diagnose
 from lowmem.train.disk import Patience, most_at_once, require_room
 from lowmem.train.divergence import (
@@ -52,10 +51,12 @@ from lowmem.train.events import (
 from lowmem.train.guard import StopRequest, stop_requests, told_out_of_memory
 from lowmem.train.lock import held
 from lowmem.train.measure import measured_peak, memory_bytes
+from lowmem.train.out_of_memory import out_of_memory_table
 from lowmem.train.run import Run, update_of
 from lowmem.train.saver import Saver, host_copy_of
 from lowmem.train.schedule import learning_rate
 from lowmem.train.snapshot import Position, Snapshot
+from lowmem.train.watch import Watch
 
 PAUSE_SECONDS = 1.0  # between two looks at the file PAUSE
 
@@ -63,15 +64,19 @@ PAUSE_SECONDS = 1.0  # between two looks at the file PAUSE
 def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) -> Finished:
     """Train a new run, or continue one from its checkpoint, to its last update.
 
-    plan: its peak is compared with that of the first update. Raises Stopped (exit 75) after a
-    signal or the file STOP, when everything is saved; DivergedError; DataError; CheckpointError.
+    plan: its peak is compared with that of the first update; a run that goes on has it in its
+    folder. Raises Stopped (exit 75) after a signal or the file STOP, when everything is saved;
+    DivergedError; DataError; CheckpointError.
     """
     began = time.perf_counter()
     batches, validation = text_of(run.config, corpus)
+    planned = plan or run.plan()
     with held(run.folder), stop_requests(run.folder) as stop, told_out_of_memory():
         checkpoint.tidy(run)
         disk = Patience(run, report, stop)
-        task = _Task(run, corpus, batches, validation, plan, stop, disk, _storage(run))
+        watch = Watch.over(planned, run.config.train.device)
+        storage = _storage(run)
+        task = _Task(run, corpus, batches, validation, plan, planned, watch, stop, disk, storage)
         start, back = run.latest() if run.has_checkpoint else None, None
         while True:
             reached = _train_from(task, start, back)
@@ -86,13 +91,18 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
 
 @dataclass(frozen=True)
 class _Task:
-    """What stays the same however often a run goes back to an earlier checkpoint."""
+    """What stays the same however often a run goes back to an earlier checkpoint.
+
+    plan: to compare with the first update. planned: also when the run goes on.
+    """
 
     run: Run
     corpus: Corpus
     batches: Batches
     validation: TokenStream
     plan: Plan | None
+    planned: Plan | None
+    watch: Watch
     stop: StopRequest
     disk: Patience
     storage: Storage
@@ -122,7 +132,9 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
         now = replace(at, carried={"guard": guard.state(), "best": best})
         return checkpoint.capture(run, model, optimizer, batches, task.corpus, now)
 
-    with Saver(run, task.disk, behind=task.storage.host_copy > 0) as saver:
+    explained = partial(out_of_memory_table, task.planned, model, optimizer)
+    behind = task.storage.host_copy > 0
+    with told_out_of_memory(explained), Saver(run, task.disk, behind=behind) as saver:
         saver.prepare(snapshot)
         for update in range(at.update, updates):
             if stop and update == begun:
@@ -140,7 +152,7 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
                     loss, norm = gather(
                         model,
                         optimizer,
-                        MadeAnew(partial(_on_device, micro_batches, model.head_weight.device)),
+                        MadeAnew(partial(on_device, micro_batches, model.head_weight.device)),
                         count=len(micro_batches),
                         tokens=batch.tokens,
                         lr=lr,
@@ -164,6 +176,8 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
                         case "give up":
                             saver.finish()
                             raise _given_up(run, update, trouble, optimizer.mode, guard)
+            for grown in task.watch.after(update):
+                report(grown)
             saver.check()
             evaluating = _due(config.evaluate.every, at.update, updates)
             saving = _saving_due(config, at.update, updates) or stop.save_asked()
@@ -201,7 +215,7 @@ def require_hardware(config: Config) -> None:
             "run it where the card is",
         )
     model = resolve_model(config.model, Path.cwd())
-    dtype = DTYPES[settled(config.train.weights)]
+    dtype = compute_dtype(settled(config.train.weights), device)
     backend = choose_backend(config.train.attention, torch.device(device), dtype, model.head_dim)
     if backend == "flash" and torch.cuda.get_device_capability() < (8, 0):
         raise HardwareError(
@@ -223,16 +237,19 @@ def build(config: Config) -> tuple[Llama, Optimizer]:
 
 def _declared(config: Config, device: str) -> tuple[Llama, Optimizer]:
     """The model and the optimizer with all its state, on any device; "meta" allocates nothing."""
+    weights: WeightFormat = settled(config.train.weights)
     model = Llama(
         resolve_model(config.model, Path.cwd()),
-        dtype=DTYPES[settled(config.train.weights)],
+        dtype=compute_dtype(weights, config.train.device),
         device=device,
+        int8=weights == "int8",
         recompute=settled(config.train.recompute),
+        keep_logits=config.train.logits == "keep",
         attention="cpu" if device == "meta" else config.train.attention,  # nothing runs there
     )
     optimizer = build_optimizer(
         config.optimizer,
-        dict(model.named_parameters()),
+        model.weights(),
         model.roles(),
         mode=settled(config.train.update),
         seed=config.train.seed,
@@ -337,7 +354,7 @@ def _started(run: Run, batches: Batches, at: Position) -> Started:
     return Started(at.update, updates, batches.of(0).tokens, str(run.folder), resumed)
 
 
-def _on_device(
+def on_device(
     micro_batches: list[tuple[Tensor, Tensor]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One micro-batch at a time; copied on the CPU too, so that it is counted like elsewhere."""

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
-from lowmem.errors import CheckpointError, ConfigError
+from lowmem.errors import CheckpointError, ConfigError, short
+from lowmem.planner.plan import Plan
 from lowmem.train.events import Event, Metric, to_record
 from lowmem.train.lock import held
 
@@ -71,13 +72,22 @@ class Run:
         folder, start, whole = path, None, path.resolve()
         if whole.parent.name == "checkpoints":
             folder, start = whole.parent.parent, whole
-        if not (folder / "config.toml").is_file():
+        if not os.path.isfile(folder / "config.toml"):  # pathlib raises where a name is too long
             raise CheckpointError(
-                f"{path} is no run" if path.exists() else f"{path} does not exist",
+                f"{short(str(path))} "
+                + ("is no run" if os.path.exists(path) else "does not exist"),
                 "expected a folder with config.toml, as `lowmem train` makes it",
                 "ls runs",
             )
         return Run(folder, load({}, [folder / "config.toml"], environ={}).config, start)
+
+    def plan(self) -> Plan | None:
+        """What was planned when the run began, None where nothing was or it cannot be read."""
+        try:
+            record = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+            return replace(Plan.from_json(record), config=self.config)
+        except (OSError, ValueError):
+            return None
 
     def write_config(self, config: Config) -> None:
         """Make this the configuration of the run from now on."""
@@ -120,7 +130,9 @@ class Run:
     def _newest(self) -> Path | None:
         """What `latest` names; without it (a crash during the first save) any that is complete."""
         pointer = self.folder / LATEST
-        name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        name = ""
+        if pointer.is_file():
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if _STEP.fullmatch(name):
             for named in (self.checkpoints / name, self.checkpoints / f"{REPLACED}{name}"):
                 if named.is_dir():

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from lowmem.cli.console import Console
-from lowmem.planner.plan import Rates, Speed
+from lowmem.planner.calibration import Row
+from lowmem.planner.plan import PhasePeak, Rates, Speed
 from lowmem.train.events import Started, Trained
-from lowmem.units import GIB
+from lowmem.units import GIB, MIB
 from tests.cli.example_plan import example_plan
 
 
@@ -34,7 +35,8 @@ def test_a_plan_shows_choice_parts_alternatives_and_notes(
     assert "in backward of block 7" in text
     weights = next(line for line in text.splitlines() if line.startswith("  weights"))
     assert weights.split() == ["weights", "13.0", "GiB", "72%", "#" * 22]
-    assert "workspace" not in text  # nothing is there
+    assert "presets: context, others, margin, workspace" in text
+    assert not any(line.startswith("  workspace") for line in text.splitlines())  # nothing is there
     rows = [
         line.split() for line in text.splitlines() if line.lstrip(" >")[:2] in ("1 ", "2 ", "3 ")
     ]
@@ -85,6 +87,45 @@ def test_a_plan_says_how_long_it_takes_in_units_of_people() -> None:
     ]
 
 
+def test_a_batch_that_became_smaller_is_the_first_line() -> None:
+    plan = example_plan()
+    note = "batch 16 sequences instead of 512: sums of gradients do not fit"
+    out = io.StringIO()
+    Console(out=out).plan(replace(plan, notes=[note, *plan.notes]), as_result=True)
+    first, *rest = out.getvalue().splitlines()
+    assert first == note
+    assert note not in "\n".join(rest)
+    assert "  clip off: update is fused" in rest
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_peak_of_every_phase_is_shown_when_asked(
+    verbose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    plan = example_plan()
+    parts = {"weights": 9 * GIB, "states": 3 * GIB, "loss": GIB, "batch": MIB}
+    phases = [PhasePeak("backward", 18 * GIB, {"weights": 18 * GIB}, "backward of block 7")]
+    phases += [PhasePeak("loss", 13 * GIB + MIB, parts, "loss, gradient of head")]
+    out = io.StringIO()
+    memory = replace(plan.memory, phases=phases)
+    Console(verbose=verbose, out=out).plan(replace(plan, memory=memory), as_result=True)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    largest = "weights 9.00 GiB, states 3.00 GiB, loss 1.00 GiB"
+    assert (f"  loss      13.0 GiB  loss, gradient of head  {largest}" in lines) == verbose
+    assert ("Peak by phase" in lines) == verbose
+
+
+def test_advice_is_shown_before_the_notes() -> None:
+    plan = example_plan()
+    parts = {"weights": GIB, "states": GIB, "activations": 16 * GIB}
+    out = io.StringIO()
+    Console(out=out).plan(replace(plan, memory=replace(plan.memory, parts=parts)), as_result=True)
+    text = out.getvalue()
+    assert "\nAdvice  of the peak activations 89%, states and projections 6%: another" in text
+    assert text.index("Advice") < text.index("Not given, so chosen")
+
+
 def test_without_rates_a_plan_says_why_there_is_no_speed() -> None:
     out = io.StringIO()
     Console(out=out).plan(example_plan(), as_result=True)
@@ -103,6 +144,36 @@ def test_no_penalty_is_printed_without_its_source(
     head = next(line for line in text.splitlines() if "method" in line).split()
     assert ("nats" in head) == (columns == 120)
     assert text.count("-0.049") == (3 if columns == 120 else 2)
+
+
+def test_a_plan_names_the_measurement_that_it_used_and_those_that_it_ignored() -> None:
+    plan = example_plan()
+    card = replace(
+        plan.card,
+        calibration="cards/a.json of 2026-11-21T13:00:00Z",
+        warnings=("cards/b.json was ignored",),
+    )
+    out = io.StringIO()
+    Console(out=out).plan(replace(plan, card=card), as_result=True)
+    text = out.getvalue()
+    assert "measured: cards/a.json of 2026-11-21T13:00:00Z" in text
+    assert "warning: cards/b.json was ignored" in text
+    assert "presets: others, margin\n" in text
+
+
+def test_a_verification_shows_what_is_wrong() -> None:
+    out = io.StringIO()
+    rows = [
+        Row("update", "reserved", 2 * 2**30, 2 * 2**30),
+        Row("save", "reserved", 2 * 2**30, 3 * 2**30),
+        Row("whole run", "device", 2 * 2**30, None),
+    ]
+    Console(out=out).verification(rows)
+    head, *lines = [line.split() for line in out.getvalue().splitlines()]
+    assert head == ["when", "what", "planned", "measured", "error"]
+    assert lines[0] == ["update", "reserved", "2.00", "GiB", "2.00", "GiB", "+0.00%"]
+    assert lines[1][-2:] == ["+50.00%", "wrong"]
+    assert lines[2][-2:] == ["not", "measured"]
 
 
 def test_no_row_of_the_table_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

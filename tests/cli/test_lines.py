@@ -1,5 +1,7 @@
 """Events as lines of text, with a clock that the test turns."""
 
+import pytest
+
 from lowmem.cli.lines import EventLines, heading
 from lowmem.train.events import (
     Assigned,
@@ -7,7 +9,9 @@ from lowmem.train.events import (
     Evaluated,
     Finished,
     Group,
+    Grown,
     Measured,
+    Part,
     Saved,
     Started,
     Stopping,
@@ -82,6 +86,28 @@ def test_a_new_best_evaluation_is_marked() -> None:
 def test_the_measured_peak_stands_beside_the_planned() -> None:
     (line,) = lines_at(Clock()).of(Measured("allocated", 2 * GIB, GIB))
     assert "peak of allocated 1.00 GiB (plan 2.00 GiB, -50.0%)" in line
+
+
+def test_memory_by_category_is_for_those_who_ask() -> None:
+    parts = [Part("weights", GIB, GIB), Part("all else at the peak", GIB, None)]
+    event = Measured("tensors", 2 * GIB, GIB, parts)
+    clock = Clock()
+    assert len(lines_at(clock).of(event)) == 1
+    lines = EventLines(interval=5.0, clock=clock, stamp=lambda: "", parts=True).of(event)
+    assert len(lines) == 2  # what nobody measured is left out
+    assert "weights" in lines[1]
+    assert "1.00 GiB (plan 1.00 GiB, +0.0%)" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("whose", "words"),
+    [("others", "other programs use 3.00 GiB"), ("ours", "this run has reserved 3.00 GiB")],
+)
+def test_growth_is_a_warning(whose: str, words: str) -> None:
+    (line,) = lines_at(Clock()).of(Grown(99, whose, GIB, 3 * GIB))
+    assert "100 warning:" in line
+    assert words in line
+    assert "1.00 GiB" in line
 
 
 def test_a_continued_run_says_where_it_continues() -> None:

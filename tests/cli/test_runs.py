@@ -1,5 +1,6 @@
 """Whole runs through the command line, and what happens when something is wrong with them."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 
 from lowmem.cli.main import run
 from lowmem.config.load import load
@@ -159,6 +161,37 @@ def test_a_sample_begins_with_the_prompt_and_repeats_with_its_seed(
     assert texts[0].startswith("word1")
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
+
+
+def test_a_run_in_codes_goes_from_the_plan_to_the_export(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert train("codes", "--weights", "int8", "--json") == 0
+    captured = capsys.readouterr()
+    assert "int8 weights" in captured.err
+    assert json.loads(captured.out)["update"] == 4
+    saved = Path("runs/codes/checkpoints/step-000004/model")
+    assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors"}
+    assert not (saved / "model.safetensors").exists()
+    assert run(["export", "runs/codes", "floats"]) == 0
+    assert not list(Path("floats").glob("*int8*"))
+    results = [result(capsys, "eval", path) for path in ("runs/codes", "floats")]
+    assert results[0]["loss"] == results[1]["loss"]
+    how = ["--prompt", "word1", "--tokens", "8", "--device", "cpu"]
+    texts = [result(capsys, "sample", path, *how)["text"] for path in ("runs/codes", "floats")]
+    assert texts[0] == texts[1]
+    _, report = AutoModelForCausalLM.from_pretrained("floats", output_loading_info=True)
+    assert not any(report.values())
+
+
+def test_methods_that_need_float_weights_refuse_codes(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--model", "small.json", "--data", "text.txt", "--tokenizer", "tokenizer"]
+    how = ["--method", "adahessian", "--weights", "int8", "--device", "cpu"]
+    assert 'train.weights = "int8"' in refused(capsys, 2, ["train", *where, *how])
 
 
 def test_an_unforeseen_error_leaves_its_traceback_with_the_run(
@@ -335,3 +368,51 @@ def test_a_signal_while_a_resumed_run_loads_ends_it_resumable(
     monkeypatch.setattr("lowmem.cli.resume.corpus_of", interrupted)
     assert run(["resume", "runs/one"]) == 75
     assert "stopped by SIGTERM; no update was under way" in capsys.readouterr().err
+
+
+VERIFY = ["plan", "--verify", "--model", "small.json", "--device", "cpu", *SETTINGS]
+
+
+@pytest.mark.usefixtures("place")
+def test_a_plan_is_verified_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*VERIFY, "--json"]) == 0
+    verification = json.loads(capsys.readouterr().out)["verification"]
+    assert verification["right"] is True
+    whole = [row for row in verification["rows"] if row["segment"] == "whole run"]
+    assert [(row["what"], row["planned"] == row["measured"]) for row in whole] == [
+        ("tensors", True)
+    ]
+    kept = json.loads(Path(verification["file"]).read_text())
+    assert kept["rows"][-1]["measured"] == whole[0]["measured"]
+    assert run(VERIFY) == 0
+    told = capsys.readouterr().out
+    assert "reserved and device were not checked" in told
+    assert "Verdict: the plan is right" in told
+
+
+@pytest.mark.usefixtures("place")
+def test_a_plan_that_is_wrong_here_exits_with_8(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowmem.train import verify
+
+    measured = verify._measured
+
+    def more(*arguments: Any) -> Any:
+        found = measured(*arguments)
+        return dataclasses.replace(found, tables=found.tables + 2**20)
+
+    monkeypatch.setattr(verify, "_measured", more)
+    assert run(VERIFY) == 8
+    told = capsys.readouterr()
+    assert "wrong" in told.out
+    assert "whole run, tensors" in told.err
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a card")
+def test_verifying_on_a_card_that_is_not_there_exits_with_8(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["plan", "--verify", "--model", "small.json", "--device", "cuda", *SETTINGS]) == 8
+    assert "PyTorch sees no CUDA device" in capsys.readouterr().err

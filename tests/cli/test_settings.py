@@ -25,7 +25,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> Config:
     """The configuration that `lowmem train WORDS` would start from."""
     seen: list[Given] = []
     # `plan` takes the settings of `train` and starts nothing.
-    monkeypatch.setattr(plan_command, "plan", lambda given, as_json: seen.append(given))
+    monkeypatch.setattr(plan_command, "plan", lambda given, asked, as_json: seen.append(given))
     assert run(["plan", *words]) == 0
     given = seen[0]
     return load(given.flags, given.files, {}, given.assignments).config

@@ -173,7 +173,7 @@ def test_impossible_values_are_refused_in_a_sentence(key: str, value: str, sente
         ("clip = inf", "inf must be a number above 0"),
         ("seed = 1.5", "1.5 must be a whole number of at least 0"),
         ("batch = 32", "32 must be text"),
-        ("weights = ['bf16']", '["bf16"] must be "fp32", "bf16" or "auto"'),
+        ("weights = ['bf16']", '["bf16"] must be "fp32", "bf16", "int8" or "auto"'),
     ],
 )
 def test_values_of_another_type_are_not_bent(tmp_path: Path, line: str, sentence: str) -> None:

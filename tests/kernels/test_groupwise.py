@@ -80,6 +80,15 @@ def test_zeros_stay_zero(bits: int) -> None:
         assert torch.equal(dequantize(*quantize(x, bits, 16, how), 16), x)
 
 
+@pytest.mark.parametrize(("count", "group"), SIZES)
+def test_values_in_bf16_are_rounded_only_once(count: int, group: int) -> None:
+    codes, scales, zeros = quantize(sample(count) + 0.01, 8, group)
+    exact = dequantize(codes, scales, zeros, group)
+    for form in (torch.float32, torch.uint8):
+        rounded = dequantize(codes, scales, zeros.to(form), group, torch.bfloat16)
+        assert torch.equal(rounded, exact.bfloat16())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_value_shows_in_its_group_only(bad: float) -> None:
     x = sample(64)

@@ -13,6 +13,12 @@ from lowmem.kernels.blockwise import BLOCK
 from lowmem.kernels.slices import flat_slices, rehearsing, row_slices
 
 
+def test_a_given_size_of_groups_is_kept_in_whole_blocks() -> None:
+    odd = torch.empty(1000, 33)
+    assert list(row_slices(odd, 128, 128 * 33 * 3)) == [(0, 384), (384, 768), (768, 1000)]
+    assert list(row_slices(odd, 128, 1)) == list(row_slices(odd, 128, 128 * 33))
+
+
 @given(count=st.integers(0, 200), piece=st.integers(1, 60))
 def test_flat_slices_cover_every_element_once(count: int, piece: int) -> None:
     with mock.patch.dict(slices.SLICE_ELEMENTS, cpu=piece, cuda=piece):

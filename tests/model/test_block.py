@@ -15,6 +15,7 @@ from lowmem.config.recompute import Level
 from lowmem.config.schema import ModelConfig
 from lowmem.model.llama import Llama
 from lowmem.phases import current_phase
+from tests.model.sinks import Nothing
 
 
 def rounded(count: int) -> int:
@@ -54,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
 def rehearse(config: ModelConfig, rows: int, length: int, level: Level) -> LiveBytes:
     """One forward and backward that throws every gradient away."""
     model = Llama(config, dtype=torch.bfloat16, device="meta", recompute=level, attention="flash")
-    model.on_gradient = lambda name, gradient: None
+    model.sink = Nothing()
     inputs, targets = (
         torch.empty(rows, length, dtype=torch.int64, device="meta") for _ in range(2)
     )

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowmem.config.schema import ModelConfig, RopeScaling
 from lowmem.errors import CheckpointError
-from lowmem.model.huggingface import load_folder, save_folder
+from lowmem.model.huggingface import CODES, load_folder, load_weights, save_folder, write_floats
 from lowmem.model.llama import Llama
 
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -43,8 +43,8 @@ class FakeTokenizer:
         return {"t": b""}
 
 
-def small(**changes: Any) -> Llama:
-    model = Llama(ModelConfig(**{**FIELDS, **changes}), dtype=torch.float32, device="cpu")
+def small(dtype: torch.dtype = torch.float32, int8: bool = False, **changes: Any) -> Llama:
+    model = Llama(ModelConfig(**{**FIELDS, **changes}), dtype=dtype, device="cpu", int8=int8)
     model.initialise(0)
     return model
 
@@ -142,3 +142,59 @@ def test_a_damaged_folder_is_refused_by_name(how: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     with pytest.raises(CheckpointError, match=r"config.json is missing"):
         load_folder(tmp_path, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["plain", "tied", "biases"])
+def test_codes_are_read_back_unchanged(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    ours = small(dtype, int8=True, **SHAPES[shape])
+    save_folder(ours, tmp_path)
+    again = load_folder(tmp_path, dtype, "cpu")
+    assert again.int8
+    stored = again.state_dict()
+    assert stored.keys() == ours.state_dict().keys()
+    for name, value in ours.state_dict().items():
+        assert stored[name].dtype == value.dtype
+        assert torch.equal(stored[name], value), name
+
+
+def test_transformers_refuses_codes_instead_of_drawing_random_weights(tmp_path: Path) -> None:
+    save_folder(small(int8=True), tmp_path)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["plain", "tied", "biases"])
+def test_transformers_reads_what_codes_became(
+    shape: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    ours = small(dtype, int8=True, **SHAPES[shape])
+    save_folder(ours, tmp_path / "codes")
+    shutil.copytree(tmp_path / "codes", tmp_path / "floats", ignore=lambda *_: {CODES})
+    write_floats(tmp_path / "codes", tmp_path / "floats")
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "floats", output_loading_info=True
+    )
+    assert not any(report.values())
+    for name, weight in ours.weights().items():
+        exact = weight if isinstance(weight, torch.Tensor) else weight.values()
+        assert theirs.get_parameter(name).dtype == dtype
+        assert torch.equal(theirs.get_parameter(name), exact.to(dtype)), name
+    again = load_folder(tmp_path / "floats", dtype, "cpu")
+    assert torch.equal(again.logits(TOKENS), ours.logits(TOKENS))
+
+
+@pytest.mark.parametrize("into_codes", [False, True])
+def test_codes_and_floats_are_not_mixed_up(into_codes: bool, tmp_path: Path) -> None:
+    save_folder(small(int8=not into_codes), tmp_path)
+    with pytest.raises(CheckpointError, match=r"_proj\.\w+ is no weight of this model"):
+        load_weights(small(int8=into_codes), tmp_path)
+
+
+def test_codes_of_another_shape_do_not_become_floats(tmp_path: Path) -> None:
+    save_folder(small(int8=True), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 54}))
+    with pytest.raises(CheckpointError, match="codes has shape"):
+        write_floats(tmp_path, tmp_path)

@@ -11,6 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowmem.config.schema import ModelConfig
 from lowmem.model.llama import Llama
+from tests.model.sinks import Whole
+
+
+@pytest.fixture(autouse=True)
+def several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the vocabulary of 61."""
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", 16)
+
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -98,6 +106,21 @@ def test_loss_sum_is_the_loss_without_its_divisor() -> None:
     assert not ours.loss_sum(inputs, targets).requires_grad
 
 
+@pytest.mark.parametrize("shape", ["plain", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_give_the_same_bits(shape: str, dtype: torch.dtype) -> None:
+    made = []
+    for keep in (False, True):
+        ours, _ = pair(**SHAPES[shape])
+        ours.to(dtype)
+        ours.keep_logits = keep
+        loss = ours.loss(*batch(), 29)
+        loss.backward()
+        made.append({"loss": loss.detach(), **gradients(ours)})
+    for name, gradient in made[0].items():
+        assert torch.equal(gradient, made[1][name]), name
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_recompute_levels_give_the_same_bits(shape: str) -> None:
     made = []
@@ -127,7 +150,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 def test_every_gradient_is_handed_over_exactly_once(shape: str) -> None:
     ours, _ = pair(**SHAPES[shape])
     names: list[str] = []
-    ours.on_gradient = lambda name, gradient: names.append(name)
+    ours.sink = Whole(ours, lambda name, gradient: names.append(name))
     ours.loss(*batch(), 29).backward()
     assert sorted(names) == sorted(ours.roles())
     assert len(set(names)) == len(names)
@@ -143,12 +166,20 @@ def test_a_sink_that_changes_weights_at_once_changes_no_other_gradient(
     calm = gradients(ours)
     seen: dict[str, Tensor] = {}
 
-    def disturb(name: str, gradient: Tensor) -> None:
-        seen[name] = gradient.clone()
-        gradient.fill_(torch.nan)
-        ours.get_parameter(name).data.fill_(torch.nan)
+    class Disturbing:
+        def receive(self, name: str, gradient: Tensor) -> None:
+            seen[name] = gradient.clone()
+            gradient.fill_(torch.nan)
+            ours.get_parameter(name).data.fill_(torch.nan)
 
-    ours.on_gradient = disturb
+        def receive_rows(self, name: str, start: int, rows: Tensor) -> None:
+            whole = seen.setdefault(name, torch.empty(0, rows.shape[1]))
+            assert start == len(whole)
+            seen[name] = torch.cat([whole, rows])
+            rows.fill_(torch.nan)
+            ours.get_parameter(name).data[start : start + len(rows)].fill_(torch.nan)
+
+    ours.sink = Disturbing()
     ours.loss(*batch(), 29).backward()
     for name, gradient in calm.items():
         assert torch.equal(seen[name], gradient), name

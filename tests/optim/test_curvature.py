@@ -12,6 +12,7 @@ from torch.nn import functional
 from lowmem.config.schema import ModelConfig
 from lowmem.errors import ConfigError
 from lowmem.kernels.drawn_targets import drawn_targets
+from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.model.llama import Llama
 from lowmem.naming import seed_of
 from lowmem.optim.curvature import (
@@ -27,7 +28,7 @@ from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.place import Place
 from lowmem.optim.rules import Direction, Sgd
 from lowmem.optim.step import MadeAnew, gather
-from lowmem.optim.weights import GroupedWeight
+from tests.model.sinks import Whole
 
 TINY = {
     "hidden_size": 16,
@@ -223,14 +224,14 @@ def test_the_model_draws_its_own_targets() -> None:
     targets = inputs + 1
     targets[0, :3] = -100
     made: list[dict[str, Tensor]] = [{}, {}]
-    model.on_gradient = made[0].__setitem__
+    model.sink = Whole(model, made[0].__setitem__)
     drawn_loss = model.drawn_loss(inputs, targets, 17, seed=9)
     drawn_loss.backward()
     with torch.no_grad():
         x = model._final(inputs)
     drawn = drawn_targets(x, model.head_weight.detach(), targets.flatten(), 9).view(2, 10)
     assert not torch.equal(drawn, targets)
-    model.on_gradient = made[1].__setitem__
+    model.sink = Whole(model, made[1].__setitem__)
     loss = model.loss(inputs, drawn, 17)
     loss.backward()
     assert torch.equal(loss, drawn_loss)

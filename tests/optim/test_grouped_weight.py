@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import slices
+from lowmem.kernels.grouped_weight import GroupedWeight
+from lowmem.kernels.groupwise import dequantize, quantize
 from lowmem.optim.methods import build_method
 from lowmem.optim.optimizer import Optimizer
-from lowmem.optim.weights import GroupedWeight, like, write
+from lowmem.optim.weights import like, write
 
 SHAPES = [(1000,), (50, 20), (1, 77), (7, 300), (300, 7)]
 
@@ -94,8 +96,17 @@ def test_scales_stay_float32_and_follow_the_weight() -> None:
     assert like(weight).dtype == torch.bfloat16
     for update in range(20):
         moved(weight, -like(weight).float() - 1.0, lr=0.5, seed=update)
-    assert weight.scales.dtype == weight.zeros.dtype == torch.float32
+    assert weight.scales.dtype == torch.float32
     assert weight.values().mean().item() == pytest.approx(10.0, abs=0.1)  # 20 steps of 0.5
+
+
+def test_a_zero_point_of_one_byte_says_all_that_a_float_does() -> None:
+    exact = draw((7, 300)) + 2.0
+    weight = GroupedWeight.of(exact, 64)
+    found = quantize(exact, 8, 64)
+    assert weight.zeros.dtype == torch.uint8
+    assert torch.equal(weight.zeros.float(), found.zeros)
+    assert torch.equal(weight.values(), dequantize(*found, 64))
 
 
 def test_noise_belongs_to_seed_and_element() -> None:

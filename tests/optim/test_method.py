@@ -160,7 +160,7 @@ def test_the_factor_of_a_rule_multiplies_a_dense_step() -> None:
 def test_what_methods_ask_for() -> None:
     assert galore().needs == Needs(full_gradient=False, decay_first=False)
     assert galore(lift=Recorded()).needs.full_gradient
-    assert Dense(Adam()).needs == Needs(full_gradient=True, decay_first=True)
+    assert Dense(Adam()).needs == Needs(full_gradient=True, decay_first=True, by_rows=True)
     assert not Dense(Adam(), decay_first=False).needs.decay_first
 
 

@@ -147,7 +147,7 @@ def test_our_decoder_hands_its_gradients_over_itself(tiny_config: Callable[..., 
     model = Llama(tiny_config().model, dtype=torch.float32, device="meta", attention="cpu")
     optimizer = optimizer_of(model, "unfused")
     optimizer.attach(model)
-    assert model.on_gradient == optimizer.receive
+    assert model.sink is optimizer
 
 
 @holding_mode

@@ -26,6 +26,7 @@ from lowmem.optim.place import Place
 from lowmem.optim.projectors import SVD, QuantizedSVD, lift_back, project, projects_right
 from lowmem.optim.step import gather
 from lowmem.optim.weights import Step
+from tests.model.sinks import Whole
 
 UPDATES, GAP, RANK, LR, DECAY = 60, 20, 8, 1e-3, 0.1
 TOLERANCE = 1e-5  # of the movement: 60 updates in float32 whose products are summed otherwise
@@ -67,7 +68,7 @@ def recording(tiny_corpus: Corpus) -> Recording:
         seen[-1][name] = gradient.detach().clone()
         optimizer.receive(name, gradient)
 
-    model.on_gradient = record
+    model.sink = Whole(model, record)
     assert tiny_corpus.train is not None
     batches = Batches(tiny_corpus.train, seq_len=32, rows_per_update=4, seed=0)
     for update in range(UPDATES):

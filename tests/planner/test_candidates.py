@@ -48,8 +48,8 @@ def test_the_order_is_that_of_published_quality() -> None:
     """Nothing was published of so small a model: AdamW first, others by what is least doubted."""
     assert found()[:3] == [
         ("adamw", None, "fp32"),
+        ("adamw", None, "8bit"),
         ("adam8bit", None, "8bit"),
-        ("muon", None, "fp32"),
     ]
     galore = [kind for kind in found() if kind[0] == "galore"]
     assert galore == [("galore", 32, "fp32"), ("galore", 32, "8bit")]

@@ -40,7 +40,14 @@ def both(config: ModelConfig, how: Choice, attention: str) -> tuple[int, int]:
     return job.tensors(how) - job.workspace, whole.tensors
 
 
-def choice(method: str, mode: Any, accumulate: int, recompute: str, micro: int = 2) -> Choice:
+def choice(
+    method: str,
+    mode: Any,
+    accumulate: int,
+    recompute: str,
+    micro: int = 2,
+    logits: Any = "recompute",
+) -> Choice:
     clip = None if mode == "fused" else 1.0
     return Choice(
         method,
@@ -50,6 +57,7 @@ def choice(method: str, mode: Any, accumulate: int, recompute: str, micro: int =
         micro_batch=micro,
         accumulate=accumulate,
         clip=clip,
+        logits=logits,
         **METHODS[method],
     )
 

@@ -4,12 +4,21 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lowmem.errors import ConfigError, HardwareError
-from lowmem.planner.hardware import available_memory, card_facts, find_card, rates_of_device
+from lowmem.planner.calibration import Calibration
+from lowmem.planner.hardware import (
+    SmiReading,
+    available_memory,
+    card_facts,
+    find_card,
+    processor,
+    rates_of_device,
+)
 from lowmem.units import GIB, MIB
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +124,15 @@ def test_sizes_that_no_card_has_are_refused(gpu: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gpu", "fix"), [("24", "24GB"), (" 16 ", "16GB"), ("4090", "rtx4090"), ("0", "24GB")]
+)
+def test_a_number_without_a_unit_is_not_guessed(gpu: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match="has no unit") as caught:
+        find_card(gpu, "auto")
+    assert caught.value.fix == f'gpu = "{fix}"'
+
+
+@pytest.mark.parametrize(
     "gpu", ["banana", "", "(", "rtx", "rtx30", "t4-0gb", "9" * 400 + "GB", "t4" + "9" * 400 + "gb"]
 )
 def test_what_is_no_card_at_all_is_refused(gpu: str) -> None:
@@ -143,6 +161,10 @@ def cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((24217 - 1064) * MIB, 24217 * MIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 64 * MIB)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="4b1f"))
+    driver = [SmiReading("77aa", "1", 0), SmiReading("4b1f", "581.57", 0)]
+    monkeypatch.setattr(SmiReading, "all", lambda: driver)
 
 
 @pytest.mark.usefixtures("cuda_device")
@@ -151,6 +173,30 @@ def test_auto_measures_the_device_at_hand() -> None:
     assert (card.name, card.source, card.kind) == ("NVIDIA GeForce RTX 4090", "measured", "cuda")
     assert card.total == 24217 * MIB
     assert card.context + card.others == 1000 * MIB
+
+
+@pytest.mark.usefixtures("cuda_device")
+@pytest.mark.parametrize(("driver", "used"), [("581.57", True), ("582.00", False)])
+def test_auto_takes_the_constants_measured_on_this_card_with_this_driver(
+    driver: str, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWMEM_HOME", str(tmp_path))
+    kept = Calibration(
+        date="2026-11-21T13:00:00Z",
+        lowmem="0.1.0",
+        torch=torch.__version__,
+        driver=driver,
+        name="NVIDIA GeForce RTX 4090",
+        uuid="4b1f",
+        total=24217 * MIB,
+        context=400 * MIB,
+        workspace=17 * MIB,
+    )
+    kept.write()
+    card = find_card("auto", "auto")
+    assert (card.context, card.others) == ((400 * MIB, 600 * MIB) if used else (500 * MIB,) * 2)
+    assert (card.calibration is not None) is used
+    assert card.presets == (["margin"] if used else ["context", "margin", "workspace"])
 
 
 @pytest.mark.usefixtures("cuda_device")
@@ -179,6 +225,12 @@ def test_host_memory_is_what_the_kernel_calls_available(tmp_path: Path) -> None:
     meminfo.write_text("MemTotal: 32000 kB\nMemFree:  100 kB\nMemAvailable:   20000 kB\n")
     assert available_memory(meminfo) == 20000 * 1024
     assert available_memory(tmp_path / "none") > GIB // 4
+
+
+def test_a_processor_has_the_name_that_it_gives_itself(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("vendor_id\t: x\nmodel name\t: Imagined 9 @ 3 GHz\n")
+    assert processor(tmp_path / "cpuinfo").startswith("Imagined 9 @ 3 GHz, ")
+    assert processor(tmp_path / "none").endswith(" cores")
 
 
 def test_every_card_of_the_table_is_found_and_plausible() -> None:

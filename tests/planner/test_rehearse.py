@@ -1,6 +1,7 @@
 """A rehearsed step against the same step on real tensors, to the byte."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,18 @@ from torch import Tensor
 
 from lowmem.config.presets import read_preset
 from lowmem.config.schema import ModelConfig, OptimizerConfig
-from lowmem.model.llama import Llama
+from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Choice
-from lowmem.planner.rehearse import DTYPES, LiveBytes, part_of, rehearse, track_persistent
+from lowmem.planner.rehearse import (
+    LiveBytes,
+    kind_of_phase,
+    part_of,
+    rehearse,
+    track_persistent,
+)
 
 MODEL = ModelConfig.model_validate(
     {
@@ -26,6 +33,7 @@ MODEL = ModelConfig.model_validate(
         "vocab_size": 1000,
     }
 )
+SLOW_INT8 = pytest.param("int8", marks=pytest.mark.slow)
 METHODS: dict[str, dict[str, Any]] = {
     "adamw": {"method": "adamw"},
     "adamw-bf16": {"method": "adamw", "states": "bf16"},
@@ -41,18 +49,26 @@ def choice(mode: Any, level: Any, weights: Any, accumulate: int) -> Choice:
     return Choice("", None, "", weights, mode, level, 2, accumulate, clip)
 
 
-def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> int:
+def real_peak(
+    optimizer_config: OptimizerConfig, how: Choice, seq_len: int, shape: ModelConfig = MODEL
+) -> int:
     """The tracker's peak over two updates on CPU tensors."""
-    model = Llama(MODEL, dtype=DTYPES[how.weights], device="cpu", recompute=how.recompute)
+    model = Llama(
+        shape,
+        dtype=compute_dtype(how.weights, "cpu"),
+        device="cpu",
+        int8=how.weights == "int8",
+        recompute=how.recompute,
+        keep_logits=how.logits == "keep",
+    )
     model.initialise(0)
-    weights = dict(model.named_parameters())
     optimizer = build_optimizer(
         optimizer_config,
-        weights,
+        model.weights(),
         model.roles(),
         mode=how.update,
         seed=0,
-        head_dim=MODEL.head_dim,
+        head_dim=shape.head_dim,
     )
     hold_worst_window(optimizer)  # as a rehearsal does
     optimizer.attach(model)
@@ -75,11 +91,11 @@ def real_peak(optimizer_config: OptimizerConfig, how: Choice, seq_len: int) -> i
                 clip=how.clip,
             )
             optimizer.step()
-    del loss_and_norm  # as a training loop holds them
+            del loss_and_norm  # alive until here, as in training
     return tracker.peak
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", SLOW_INT8])
 @pytest.mark.parametrize(
     ("mode", "accumulate"),
     [("unfused", 1), ("unfused", 3), ("fused+subspace", 1), ("fused+subspace", 3), ("fused", 1)],
@@ -95,6 +111,54 @@ def test_meta_equals_real_to_the_byte(
     rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
     assert rehearsed.tensors == real_peak(optimizer, how, 32)
     assert sum(rehearsed.parts.values()) == rehearsed.tensors
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("logits", ["keep", "recompute"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("mode", "accumulate"), [("unfused", 1), ("fused+subspace", 3), ("fused", 1)]
+)
+@pytest.mark.parametrize("method", ["adam8bit", "scale"])  # by rows, and one that wants columns
+def test_slices_of_the_vocabulary_are_rehearsed_to_the_byte(
+    method: str,
+    mode: str,
+    accumulate: int,
+    weights: str,
+    logits: Any,
+    tied: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", 192)
+    optimizer = OptimizerConfig.model_validate({"method": method})
+    shape = MODEL.model_copy(update={"num_hidden_layers": 1, "tie_word_embeddings": tied})
+    how = replace(choice(mode, "full", weights, accumulate), logits=logits)
+    rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
+    assert rehearsed.tensors == real_peak(optimizer, how, 32, shape)
+
+
+@pytest.mark.parametrize("level", ["keep", "attn", "full"])
+@pytest.mark.parametrize(("mode", "accumulate"), [("fused", 1), ("fused+subspace", 3)])
+def test_codes_are_made_floats_slice_by_slice_on_meta_as_in_fact(
+    mode: str, accumulate: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six slices and more to a matrix, of which meta visits three."""
+    monkeypatch.setattr("lowmem.model.int8.SLICE_ELEMENTS", 2**11)
+    optimizer = OptimizerConfig.model_validate(METHODS["galore-8bit"])
+    how = choice(mode, level, "int8", accumulate)
+    rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
+    assert rehearsed.tensors == real_peak(optimizer, how, 32)
+
+
+def test_weights_in_codes_are_counted_as_they_are_stored() -> None:
+    """A byte an element, and five bytes for every 128 of them; the ends in the compute dtype."""
+    seven = read_preset("llama-7b")
+    how = choice("fused", "full", "int8", 1)
+    optimizer = OptimizerConfig(method="scale")
+    parts = rehearse(seven, optimizer, how, 256, attention="flash").parts
+    matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    ends = 2 * 2 * 32000 * 4096 + 65 * 2 * 4096
+    assert parts["weights"] == matrices + 5 * matrices // 128 + ends
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
@@ -151,6 +215,51 @@ def test_the_peak_names_its_moment_and_its_parts() -> None:
     assert tracker.live == 1024 + 2048 + 512
     del second, third
     assert [size for _, size in tracker.events] == [1024, 1024, 2048, -1024, 512, -2048, -512]
+
+
+def test_what_libraries_hold_is_part_of_every_moment() -> None:
+    how, optimizer = choice("unfused", "keep", "bf16", 1), OptimizerConfig(method="adamw")
+    without = rehearse(MODEL, optimizer, how, 64, attention="cpu")
+    with_it = rehearse(MODEL, optimizer, how, 64, attention="cpu", workspace=2**20)
+    assert with_it.parts == without.parts | {"workspace": 2**20}
+    assert with_it.tensors == without.tensors + 2**20
+
+
+@pytest.mark.parametrize("mode", ["unfused", "fused+subspace", "fused"])
+def test_every_kind_of_phase_has_its_worst_moment(mode: Any) -> None:
+    how = choice(mode, "full", "bf16", 1)
+    optimizer = OptimizerConfig(method="galore", rank=16)
+    told = rehearse(MODEL, optimizer, how, 64, attention="cpu")
+    assert {peak.phase for peak in told.phases} >= {"forward", "backward", "update", "evaluation"}
+    assert [peak.tensors for peak in told.phases] == sorted(
+        (peak.tensors for peak in told.phases), reverse=True
+    )
+    first = told.phases[0]
+    assert (first.tensors, first.parts, first.instant) == (told.tensors, told.parts, told.instant)
+    for peak in told.phases:
+        assert sum(peak.parts.values()) == peak.tensors
+
+
+@pytest.mark.parametrize(
+    ("phases", "kind"),
+    [
+        (("embedding",), "forward"),
+        (("forward of block 3",), "forward"),
+        (("loss",), "loss"),
+        (("loss", "gradient of head"), "loss"),
+        (("gradient of norm",), "backward"),
+        (("backward of block 3", "gradient of mlp.up"), "backward"),
+        (("backward of block 3", "gradient of mlp.up", "hold"), "backward"),
+        (("backward of block 3", "gradient of mlp.up", "update"), "update"),
+        (("update", "refresh"), "refresh"),
+        (("evaluation", "forward of block 1"), "evaluation"),
+        (("evaluation", "loss"), "evaluation"),
+        (("curvature", "backward of block 1"), "curvature"),
+        ((), "other"),
+    ],
+)
+def test_phases_are_of_one_kind_each(phases: tuple[str, ...], kind: str) -> None:
+    assert kind_of_phase(phases) == kind
 
 
 def test_parts_follow_the_innermost_phase() -> None:

@@ -159,7 +159,7 @@ def test_the_cheap_bound_is_never_more_than_the_peak(kind: Kind) -> None:
         for mode in modes(config, kind, job.rows):
             if mode == "fused" and micro < job.rows:
                 continue
-            choice = job.choice(kind, mode, level, micro)  # type: ignore[arg-type]
+            choice = job.choice(kind, mode, level, "recompute", micro)
             least = job.persistent(kind)
             assert least <= least + job.sums(choice) < job.peak(choice)
 

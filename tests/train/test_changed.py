@@ -92,7 +92,7 @@ def test_what_cannot_be_changed_is_refused(
         (["--micro-batch", "4"], "fused updates cannot accumulate"),
         (["--micro-batch", "9"], "--micro-batch 8"),
         (["--micro-batch", "0"], "0 must be a whole number"),
-        (["--recompute", "some"], "some must be"),
+        (["--recompute", "some"], "'some' is not a level"),
         (["--from", "last"], "--from last must be previous"),
     ):
         assert command(["resume", str(fused.folder), *flags]) == 2

@@ -222,6 +222,15 @@ def test_an_unreadable_manifest_is_told(text: str | None, parts: Parts) -> None:
         verify(path.parent)
 
 
+def test_a_manifest_without_weights_is_refused(parts: Parts) -> None:
+    path = parts.save(1) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["model/model.safetensors"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor lowmem-int8"):
+        verify(path.parent)
+
+
 def test_a_damaged_checkpoint_changes_nothing_when_it_is_restored(parts: Parts) -> None:
     folder = parts.save(1)
     (folder / "optimizer" / "state.safetensors").unlink()

@@ -15,7 +15,9 @@ from lowmem.train.events import (
     Event,
     Finished,
     Group,
+    Grown,
     Measured,
+    Part,
     Paused,
     RolledBack,
     Saved,
@@ -123,8 +125,18 @@ RECORDS: list[tuple[Event, dict[str, Any]]] = [
         },
     ),
     (
-        Measured("tensors", 100, 99),
-        {"event": "measured", "what": "tensors", "planned": 100, "measured": 99},
+        Measured("tensors", 100, 99, [Part("weights", 60, 60)]),
+        {
+            "event": "measured",
+            "what": "tensors",
+            "planned": 100,
+            "measured": 99,
+            "parts": [{"name": "weights", "planned": 60, "measured": 60}],
+        },
+    ),
+    (
+        Grown(49, "others", 300, 1001),
+        {"event": "grown", "update": 49, "whose": "others", "planned": 300, "measured": 1001},
     ),
     (Stopping("SIGTERM"), {"event": "stopping", "signal": "SIGTERM"}),
     (

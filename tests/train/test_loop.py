@@ -1,6 +1,7 @@
 """The loop against transformers and torch, and against itself with other micro-batches."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from lowmem.config.schema import Config
 from lowmem.data.batches import Batches
 from lowmem.data.shards import Corpus
 from lowmem.errors import DataError, DivergedError, OutOfMemoryError
+from lowmem.model.llama import Llama
 from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors
-from lowmem.train.events import Evaluated, Event, Finished, Measured, Started
+from lowmem.train.events import Evaluated, Event, Finished, Grown, Measured, Started
 from lowmem.train.loop import build, train
 from lowmem.train.run import Run
 from lowmem.train.schedule import learning_rate
+from lowmem.train.watch import DeviceReading, Watch
+from lowmem.units import GIB
 
 MakeConfig = Callable[..., Config]
 
@@ -120,6 +124,10 @@ def test_measured_peak_of_the_first_update_is_the_planned_one(
     _, events = planned_run(config, tiny_corpus)
     (measured,) = [event for event in events if isinstance(event, Measured)]
     assert measured.measured == measured.planned
+    names = [part.name for part in measured.parts]
+    assert names == ["weights", "states", "projections", "all else at the peak"]
+    assert all(part.measured == part.planned > 0 for part in measured.parts)
+    assert sum(part.planned for part in measured.parts) == measured.planned
 
 
 def test_what_a_run_reports_and_leaves(tiny_config: MakeConfig, tiny_corpus: Corpus) -> None:
@@ -194,9 +202,69 @@ def test_a_card_trains_within_the_planned_memory(
 def test_running_out_of_memory_is_told(
     tiny_config: MakeConfig, tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where it happened, planned beside measured by category, and three changes that help."""
+    plain = Llama.hand
+
+    def full(self: Llama, name: str, gradient: torch.Tensor) -> None:
+        if name.endswith("layers.0.mlp.up_proj.weight") and not gradient.is_meta:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        plain(self, name, gradient)
+
+    monkeypatch.setattr(Llama, "hand", full)
+    config = tiny_config(optimizer={"method": "galore", "rank": 16})
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned_run(config, tiny_corpus)
+    error = caught.value
+    assert error.exit_code == 7
+    assert error.what == (
+        "the device ran out of memory although the plan fitted, "
+        "backward of block 1, gradient of mlp.up"
+    )
+    reason, head, *rows = error.why.splitlines()
+    assert reason == "CUDA out of memory. Tried to allocate 2 GiB"
+    assert head.split() == ["planned", "measured"]
+    table = {name: rest.split("  ") for name, _, rest in (row.partition("  ") for row in rows)}
+    for name in ("weights", "states", "projections"):
+        planned, measured = [word.strip() for word in table[name] if word.strip()]
+        assert planned == measured  # exactly, of what persists
+    assert table["all else at the peak"][-1] == "not measured"
+    advice, *fixes = error.fix.splitlines()
+    assert "close what else uses the card" in advice
+    assert len(fixes) == 3
+    assert all(fix.startswith("--") for fix in fixes)
+    assert all(re.search(r"-[0-9.]+ [KM]iB$", fix) for fix in fixes)
+
+
+def test_a_resumed_run_explains_itself_by_the_plan_in_its_folder(
+    tiny_config: MakeConfig, tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = planned_run(tiny_config(optimizer={"method": "galore", "rank": 16}), tiny_corpus)
+    longer = run.config.model_copy(
+        update={"train": run.config.train.model_copy(update={"updates": 8})}
+    )
+
     def full(*arguments: Any, **options: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("lowmem.train.loop.gather", full)
-    with pytest.raises(OutOfMemoryError, match="the device ran out of memory"):
-        planned_run(tiny_config(), tiny_corpus)
+    with pytest.raises(OutOfMemoryError) as caught:
+        train(Run(run.folder, longer), tiny_corpus, lambda event: None)
+    assert "weights" in caught.value.why
+    (run.folder / "plan.json").unlink()
+    with pytest.raises(OutOfMemoryError, match="between phases") as caught:
+        train(Run(run.folder, longer), tiny_corpus, lambda event: None)
+    assert "no plan of this run is known" in caught.value.why
+
+
+def test_a_card_that_fills_up_is_told_once(
+    tiny_config: MakeConfig, tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a device that says so: another program takes 20 GiB of a 24 GiB card."""
+    full = DeviceReading(total=24 * GIB, free=2 * GIB, reserved=0)
+    monkeypatch.setattr("lowmem.train.watch.EVERY", 2)
+    monkeypatch.setattr(Watch, "over", lambda plan, device: Watch(plan, lambda: full))
+    run, events = planned_run(tiny_config(), tiny_corpus)
+    (grown,) = [event for event in events if isinstance(event, Grown)]
+    assert (grown.update, grown.whose) == (1, "others")
+    lines = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    assert [line["whose"] for line in lines if line["event"] == "grown"] == ["others"]

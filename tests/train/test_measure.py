@@ -39,7 +39,13 @@ def test_the_peak_is_that_of_live_tensors_beside_the_plan(ready_config: MakeConf
         del large
         small = torch.zeros(300)
     del small
-    assert events == [Measured("tensors", 12345, before + rounded(4000))]
+    (event,) = events
+    assert isinstance(event, Measured)
+    assert (event.what, event.planned) == ("tensors", 12345)
+    assert event.measured == before + rounded(4000)
+    measured = {part.name: part.measured for part in event.parts}
+    assert measured["weights"] == sum(rounded(weight.nbytes) for weight in model.parameters())
+    assert measured["all else at the peak"] == rounded(4000)
 
 
 def test_without_a_plan_nothing_is_measured(ready_config: MakeConfig) -> None:

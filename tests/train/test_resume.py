@@ -1,5 +1,6 @@
 """A run that was cut continues bit for bit, whatever its method, formats and update mode."""
 
+import itertools
 import json
 import signal
 from collections.abc import Callable
@@ -77,9 +78,16 @@ def hashes(run: Run) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in files}
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
-@pytest.mark.parametrize("mode", ["unfused", "fused+subspace", "fused"])
-@pytest.mark.parametrize("method", METHODS)
+MODES = ("unfused", "fused+subspace", "fused")
+CASES = [  # of codes one method is enough for every day
+    pytest.param(*case, marks=pytest.mark.slow)
+    if case[2] == "int8" and case[0] != "galore-8bit"
+    else case
+    for case in itertools.product(METHODS, MODES, ("fp32", "bf16", "int8"))
+]
+
+
+@pytest.mark.parametrize(("method", "mode", "weights"), CASES)
 def test_resume_continues_bit_for_bit(
     method: str, mode: str, weights: str, tiny_config: MakeConfig, tiny_corpus: Corpus
 ) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeInt
@@ -20,6 +21,7 @@ from lowmem.optim.rules import Adam, Direction, age
 class AdaBelief:
     """Adam with (G - M)^2 + eps in place of G^2; eps adds up in S, as published."""
 
+    by_rows: ClassVar[bool] = True
     betas: tuple[float, float]
     eps: float
     format: Format = Float32()  # noqa: RUF009 - frozen, shared on purpose

@@ -1,6 +1,7 @@
 """diffGrad: Adam with friction where the gradient hardly changes."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import NonNegativeInt
 from torch import Tensor
@@ -18,6 +19,7 @@ from lowmem.optim.rules import Adam, Direction
 class DiffGrad:
     """Adam's direction times sigmoid(|previous G - G|), in (0.5, 1)."""
 
+    by_rows: ClassVar[bool] = True
     betas: tuple[float, float]
     eps: float
     format: Format = Float32()  # noqa: RUF009 - frozen, shared on purpose

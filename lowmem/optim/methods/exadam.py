@@ -1,6 +1,7 @@
 """EXAdam: Adam whose bias corrections look at both moments, with the gradient added once more."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeInt
@@ -19,6 +20,7 @@ from lowmem.optim.rules import Adam, Direction, age
 class ExAdam:
     """The rule of `exadam`."""
 
+    by_rows: ClassVar[bool] = True
     betas: tuple[float, float]
     eps: float
     format: Format = Float32()  # noqa: RUF009 - frozen, shared on purpose

@@ -31,6 +31,11 @@ class Normalised:
     momentum: float = 0.0
     format: Format = Float32()  # noqa: RUF009 - frozen, shared on purpose
 
+    @property
+    def by_rows(self) -> bool:
+        """Rows are normalised by themselves, columns only when all rows are there."""
+        return self.outputs == 0
+
     def init(self, state: State, like: Tensor, place: Place) -> None:
         if self.momentum:
             self.format.zeros(state, "exp_avg", like, signed=True)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
@@ -21,6 +22,7 @@ _WARMUP_FROM = 0.01  # of the full step, in the update that forgets the moments
 class Spam:
     """Adam (bias "step") behind clipping and reset; k counts updates and is never reset."""
 
+    by_rows: ClassVar[bool] = True
     betas: tuple[float, float]
     eps: float
     threshold: float

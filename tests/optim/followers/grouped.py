@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.optim.optimizer import Optimizer
-from lowmem.optim.weights import GroupedWeight
 from tests.optim.followers.oracle import CODE_SHARE, Oracle
 
 

@@ -13,11 +13,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from lowmem.kernels.grouped_weight import Weight
 from lowmem.optim.formats import State, tensor
 from lowmem.optim.method import Method, Needs
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.place import Place
-from lowmem.optim.weights import Step, Weight
+from lowmem.optim.weights import Step
 
 TRAJECTORY_TOLERANCE = 1e-5  # weights move by 0.05 to 3; two re-derivations stay within 1e-6
 BASIS_TOLERANCE = 2e-4  # float32 singular vectors against ours, which are float64

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import slices
+from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.optim.formats import tensor
 from lowmem.optim.methods import build_method
 from lowmem.optim.optimizer import Optimizer
-from lowmem.optim.weights import GroupedWeight
 from tests.optim.methods.trajectory import DECAY, LR, SHAPES, gradients, optimizer_of, run, step
 
 OPTIONS = {"betas": (0.9, 0.99), "eps": 1e-3}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lowmem.errors import ConfigError
+from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.optim.formats import tensor
 from lowmem.optim.methods import build_method
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.place import Place
-from lowmem.optim.weights import GroupedWeight
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 NAMES = ["q_apollo", "q_apollo_mini"]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import ConfigError
+from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.kernels.groupwise import Noise, uniform
 from lowmem.optim.methods import build_method
 from lowmem.optim.optimizer import Optimizer
-from lowmem.optim.weights import GroupedWeight
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 
