@@ -11,6 +11,7 @@ import typer
 from lowmem import __version__
 from lowmem.cli.errors import EXIT_CODES
 from lowmem.cli.options import (
+    CHANGEABLE,
     EVALUATION,
     SETTINGS,
     Given,
@@ -132,9 +133,11 @@ def resume(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Continue a run exactly where its last checkpoint stands.
+    """Continue a run exactly where its last checkpoint stands, or with other settings.
 
-    --micro-batch and --recompute may change: the batches stay the same, sums only round otherwise.
+    With settings the run is planned anew and its state converted; a table says what of it is exact.
+    Data order, schedule and update stay. --gpu takes the first of: the settings as they are,
+    another micro-batch, 8-bit states, smaller ranks, int8 weights.
 
     \b
     Examples:
@@ -142,6 +145,8 @@ def resume(
       lowmem resume runs/llama-60m-galore-1/checkpoints/step-002000
       lowmem resume runs/llama-60m-galore-1 --from previous
       lowmem resume runs/llama-60m-galore-1 --micro-batch 4 --recompute full
+      lowmem resume runs/llama-60m-galore-1 --gpu 12GB
+      lowmem resume runs/llama-60m-galore-1 --rank 64 --states 8bit
     """
     from lowmem.cli import resume as command
 
@@ -340,9 +345,7 @@ def schema(given: Given) -> None:
 RUNS, LOOK = "Runs", "Data, configuration, machine"
 app.command("plan", rich_help_panel=RUNS)(with_settings(plan, SETTINGS, files=True))
 app.command("train", rich_help_panel=RUNS)(with_settings(train, SETTINGS, files=True))
-app.command("resume", rich_help_panel=RUNS)(
-    with_settings(resume, named("--micro-batch", "--recompute"))
-)
+app.command("resume", rich_help_panel=RUNS)(with_settings(resume, named(*CHANGEABLE)))
 app.command("eval", rich_help_panel=RUNS)(with_settings(evaluate, named(*EVALUATION)))
 app.command("export", rich_help_panel=RUNS)(with_settings(export))
 app.command("sample", rich_help_panel=RUNS)(with_settings(sample))

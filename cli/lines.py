@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from lowmem.train.events import (
     Assigned,
     Continued,
+    Converted,
     Diagnosed,
     Evaluated,
     Event,
@@ -94,6 +95,8 @@ class EventLines:
                 return [f"{'':>8} waiting: {event.why}"]
             case Continued():
                 return [f"{'':>8} going on after {format_seconds(event.seconds)}"]
+            case Converted():
+                return list(_converted(event))
             case Stopping():
                 return [f"{'':>8} {event.signal}: the run stops after this update"]
             case Finished():
@@ -210,3 +213,14 @@ def _skipped(event: Skipped) -> Iterator[str]:
     yield f"{'':>8}   its text: {', '.join(shown)}" + (
         f" and {more} more sequences in events.jsonl" if more else ""
     )
+
+
+def _converted(event: Converted) -> Iterator[str]:
+    """What was taken over from a checkpoint of other settings, a row for each part."""
+    width = max(len(part.part) for part in event.parts)
+    yield f"{'':>8} other settings after update {event.update}:"
+    yield f"{'':>8} {'taken over':<{width}}  exact    error"
+    for part in event.parts:
+        error = f"{part.error:.1e}" if part.error else "-"
+        exact = "yes" if part.exact else "no"
+        yield f"{'':>8} {part.part:<{width}}  {exact:<5}  {error:>7}  {part.becomes}"

@@ -84,6 +84,19 @@ SETTINGS = (
     Setting("--save-every", "N", "updates between checkpoints, 0 = at the end only", CHECKPOINTS),
     Setting("--keep", "N", "newest checkpoints to keep (default 2)", CHECKPOINTS),
 )
+CHANGEABLE = (
+    "--gpu",
+    "--method",
+    "--rank",
+    "--states",
+    "--lr",
+    "--weights",
+    "--update",
+    "--micro-batch",
+    "--recompute",
+    "--logits",
+    "--clip",
+)  # by `lowmem resume`
 EVALUATION = ("--data", "--tokenizer", "--seq-len", "--eval-tokens", "--device")
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]

@@ -5,12 +5,15 @@ from pathlib import Path
 
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
+from lowmem.cli.settings import planned, require_fit
 from lowmem.cli.train import corpus_of, show_finished, traced_in
 from lowmem.config.defaults import rows_of
 from lowmem.config.load import load
 from lowmem.config.schema import Config, settled
 from lowmem.errors import ConfigError, nearest
+from lowmem.planner.plan import Plan
 from lowmem.train.checkpoint import newest_intact
+from lowmem.train.elastic import changed, first_that_fits, require_convertible
 from lowmem.train.loop import train
 from lowmem.train.run import Run
 
@@ -41,8 +44,35 @@ def _from_previous(run: Run, start: str) -> Run:
 
 
 def _changed(run: Run, given: Given, console: Console) -> Run:
-    """The run with another micro-batch or recomputation, from now on."""
-    config = load(given.flags, [run.folder / "config.toml"], environ={}).config
+    """The run with other settings from now on, planned anew; nothing is written if it cannot be."""
+    asked = load(given.flags, [run.folder / "config.toml"], environ={}).config
+    config = changed(run.config, asked, set(given.flags))
+    _require_micro_batch(config)
+    plan = _planned(config, set(given.flags), console)
+    console.plan(plan, as_result=False)
+    require_fit(plan)
+    if run.has_checkpoint:
+        require_convertible(run.latest(), plan.config)
+    run.write_config(plan.config, plan.to_json())
+    return replace(run, config=plan.config)
+
+
+def _planned(config: Config, given: set[str], console: Console) -> Plan:
+    """The plan of `config` itself or, for another --gpu, of the first way down that fits."""
+    if "gpu" not in given:
+        return _planned_here(config)
+    plan, ways = first_that_fits(config, given, _planned_here)
+    for way in ways:
+        console.say(f"{way.sentence()}: {'fits' if way.fits else 'does not fit'}")
+    return plan
+
+
+def _planned_here(config: Config) -> Plan:
+    """The plan for this machine."""
+    return planned(config, for_this_machine=True)
+
+
+def _require_micro_batch(config: Config) -> None:
     train, rows = config.train, _rows(config)
     micro = rows if train.micro_batch == "auto" else settled(train.micro_batch)
     if micro > rows or (train.update == "fused" and micro < rows):
@@ -54,12 +84,6 @@ def _changed(run: Run, given: Given, console: Console) -> Run:
             why,
             f"--micro-batch {rows}",
         )
-    run.write_config(config)
-    said = "the batches stay the same; sums round otherwise, so it is not bit for bit"
-    if train.update == "fused+subspace":
-        said += ", and a subspace chosen from the first micro-batch is another"
-    console.say(f"micro-batch {micro}, recompute {train.recompute}: {said}")
-    return replace(run, config=config)
 
 
 def _rows(config: Config) -> int:

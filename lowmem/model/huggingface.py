@@ -10,6 +10,7 @@ write_floats(Path("checkpoint"), Path("export"))       # from codes what AutoMod
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -199,6 +200,42 @@ def load_weights(model: Llama, folder: Path) -> None:
         missing.discard(name)
     if missing:
         raise _mismatch(folder, f"no tensor for {', '.join(sorted(missing)[:5])}")
+
+
+@torch.no_grad()
+def load_any_weights(model: Llama, folder: Path) -> float:
+    """As `load_weights`, from floats or codes into either, each weight rounded once to the nearest.
+
+    The result is the relative error, by the norm over all weights. CheckpointError: as there.
+    """
+    wanted = dict(model.weights())
+    stored = (
+        ((name, pending.make()) for name, pending in float_weights(folder))
+        if in_codes(folder)
+        else _stored(folder)
+    )
+    off = of = 0.0
+    for name, values in stored:
+        mine = wanted.pop(name, None)
+        if mine is None:
+            if not _may_be_skipped(name, model.config):
+                raise _mismatch(folder, f"{name} is no weight of this model")
+            continue
+        if values.shape != mine.shape:
+            shapes = f"{tuple(values.shape)} instead of {tuple(mine.shape)}"
+            raise _mismatch(folder, f"{name} has shape {shapes}")
+        exact = values.to(mine.device).float().contiguous()
+        if isinstance(mine, Tensor):
+            mine.copy_(exact)
+            rounded = mine.float()
+        else:
+            mine.store(exact.clone())
+            rounded = mine.values(torch.float32)
+        off += (rounded - exact).square().sum(dtype=torch.float64).item()
+        of += exact.square().sum(dtype=torch.float64).item()
+    if wanted:
+        raise _mismatch(folder, f"no tensor for {', '.join(sorted(wanted)[:5])}")
+    return math.sqrt(off / of) if of else 0.0
 
 
 def _require_size(folder: Path, config: ModelConfig) -> None:

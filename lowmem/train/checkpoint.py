@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem import __version__
+from lowmem.config.schema import Config
 from lowmem.data.batches import Batches
 from lowmem.data.cache import sync_folder
 from lowmem.data.shards import Corpus
@@ -37,6 +38,8 @@ from lowmem.model.huggingface import (
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
 from lowmem.tensorfile import read_tensors, sha256_of, stays_inside, write_tensors
+from lowmem.train.convert import settings_of, take_over
+from lowmem.train.events import Converted
 from lowmem.train.retention import superseded
 from lowmem.train.run import MANIFEST, REPLACED, Run, complete_in, update_of
 from lowmem.train.snapshot import Position, Snapshot, TensorFile
@@ -61,6 +64,7 @@ def capture(
         "carried": at.carried,
         "optimizer_updates": optimizer.updates,
         "numbers": optimizer.state_numbers(),
+        "settings": settings_of(run.config),
         "corpus": corpus.fingerprint,
         "next_batch": batches.of(at.update).digest(),
     }
@@ -235,14 +239,38 @@ def verify(folder: Path) -> None:
 
 
 def restore(
-    folder: Path, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus
-) -> Position:
-    """Put a checkpoint back into a model and an optimizer of the same shape.
+    folder: Path,
+    model: Llama,
+    optimizer: Optimizer,
+    batches: Batches,
+    corpus: Corpus,
+    config: Config | None = None,
+) -> tuple[Position, Converted | None]:
+    """Put a checkpoint back into a model and an optimizer of the same model.
 
-    CheckpointError: damaged, incomplete, or of another model or method. DataError: the tokens that
-    come next are not those of the run.
+    config: with the settings of both; a checkpoint of other ones is converted, and the second
+    result says how. Without it, that is an error. CheckpointError: damaged, incomplete, or of
+    another model or method. DataError: the tokens that come next are not those of the run.
     """
     verify(folder)
+    state = read_state(folder)
+    at = Position(state["update"], state["tokens"], state["carried"])
+    if batches.of(at.update).digest() != state["next_batch"]:
+        raise DataError(
+            f"the batch of update {at.update} is not the one that {folder} expects",
+            f"the corpus is {corpus.fingerprint[:12]}, the run began with {state['corpus'][:12]}",
+            "restore the text and the tokenizer the run began with",
+        )
+    settings = state.get("settings")
+    if config is not None and settings is not None and settings != settings_of(config):
+        return at, take_over(folder, folder / STATES, state, model, optimizer, config)
+    load_weights(model, folder / "model")
+    optimizer.restore(read_tensors(folder / STATES), state["numbers"], state["optimizer_updates"])
+    return at, None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. CheckpointError: of another version, or nonsense."""
     state = _read_json(folder / STATE)
     if state.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
@@ -251,16 +279,7 @@ def restore(
             f"use lowmem {state.get('lowmem')}",
         )
     _check_state(folder, state)
-    load_weights(model, folder / "model")
-    optimizer.restore(read_tensors(folder / STATES), state["numbers"], state["optimizer_updates"])
-    at = Position(state["update"], state["tokens"], state["carried"])
-    if batches.of(at.update).digest() != state["next_batch"]:
-        raise DataError(
-            f"the batch of update {at.update} is not the one that {folder} expects",
-            f"the corpus is {corpus.fingerprint[:12]}, the run began with {state['corpus'][:12]}",
-            "restore the text and the tokenizer the run began with",
-        )
-    return at
+    return state
 
 
 _STATE_TYPES = {
@@ -281,6 +300,8 @@ def _check_state(folder: Path, state: dict[str, Any]) -> None:
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**62):
             shown = short(repr(value))
             raise _damaged(folder, f"{folder / STATE} has {key} = {shown}, which it never writes")
+    if not isinstance(state.get("settings", {}), dict):
+        raise _damaged(folder, f"{folder / STATE} has settings that are no table")
     for name, numbers in state["numbers"].items():
         if not isinstance(numbers, dict) or not all(
             type(n) in (int, float) for n in numbers.values()

@@ -176,6 +176,24 @@ class Grown:
 
 
 @dataclass(frozen=True)
+class ConvertedPart:
+    """A part of a checkpoint that was taken over. error: relative, by norm; of what is rounded."""
+
+    part: str
+    exact: bool
+    error: float
+    becomes: str
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The run goes on after `update` updates with other settings than its checkpoint's."""
+
+    update: int
+    parts: list[ConvertedPart]
+
+
+@dataclass(frozen=True)
 class Stopping:
     """A signal or the file STOP arrived; the update is finished, saved, and the run ends."""
 
@@ -207,6 +225,7 @@ Event = (
     | RolledBack
     | Paused
     | Continued
+    | Converted
     | Stopping
     | Finished
 )

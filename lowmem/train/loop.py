@@ -228,14 +228,14 @@ def require_hardware(config: Config) -> None:
 def build(config: Config) -> tuple[Llama, Optimizer]:
     """The model, uninitialised, and its optimizer. Raises as `require_hardware`."""
     require_hardware(config)
-    model, optimizer = _declared(config, config.train.device)
+    model, optimizer = declared(config, config.train.device)
     optimizer.attach(model)
     if config.train.device == "cuda":
         _repeat_exactly(model)
     return model, optimizer
 
 
-def _declared(config: Config, device: str) -> tuple[Llama, Optimizer]:
+def declared(config: Config, device: str) -> tuple[Llama, Optimizer]:
     """The model and the optimizer with all its state, on any device; "meta" allocates nothing."""
     weights: WeightFormat = settled(config.train.weights)
     model = Llama(
@@ -289,7 +289,7 @@ def text_of(config: Config, corpus: Corpus) -> tuple[Batches, TokenStream]:
 
 def declared_bytes(config: Config) -> int:
     """Bytes of the weights and states that a checkpoint will hold, from their declarations."""
-    model, optimizer = _declared(config, "meta")
+    model, optimizer = declared(config, "meta")
     tensors = [*folder_weights(model), *optimizer.state_tensors()]
     return sum(tensor.nbytes for _, tensor in tensors)
 
@@ -309,7 +309,11 @@ def _begin(task: _Task, start: Path | None, model: Llama, optimizer: Optimizer) 
     if start is None:
         model.initialise(run.config.train.seed)
     else:
-        at = checkpoint.restore(start, model, optimizer, task.batches, task.corpus)
+        at, converted = checkpoint.restore(
+            start, model, optimizer, task.batches, task.corpus, run.config
+        )
+        if converted is not None:
+            task.disk.record(converted)
         # What came after an earlier checkpoint is abandoned.
         task.disk.until_done("the name of the checkpoint", partial(run.point_at, start.name))
     task.disk.until_done("the metrics", partial(run.forget_after, at.update))

@@ -89,10 +89,17 @@ class Run:
         except (OSError, ValueError):
             return None
 
-    def write_config(self, config: Config) -> None:
-        """Make this the configuration of the run from now on."""
+    def write_config(self, config: Config, plan: dict[str, Any]) -> None:
+        """Make these the configuration and plan of the run from now on.
+
+        What config.toml was becomes config-1.toml, config-2.toml, ...
+        """
+        path = self.folder / "config.toml"
         with held(self.folder):
-            write_whole(self.folder / "config.toml", to_toml(config).encode())
+            number = 1 + len(list(self.folder.glob("config-*.toml")))
+            write_whole(self.folder / f"config-{number}.toml", path.read_bytes())
+            write_whole(self.folder / "plan.json", json.dumps(plan, indent=1).encode())
+            write_whole(path, to_toml(config).encode())
 
     def latest(self) -> Path:
         """The checkpoint to read: `start`, or the newest complete one. CheckpointError if none."""

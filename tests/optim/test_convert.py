@@ -102,7 +102,7 @@ def hows(changes: list[Change]) -> set[str]:
     return {change.how for change in changes}
 
 
-ALL = [
+ALL: list[dict[str, Any]] = [
     *(({"method": name}) for name in METHODS if "rank" not in METHODS[name].arguments),
     *(({"method": name, "rank": 8}) for name in METHODS if "rank" in METHODS[name].arguments),
 ]
@@ -240,7 +240,7 @@ def test_a_converted_state_goes_on_with_weights_of_another_dtype(
 ) -> None:
     if method == "adamw" and "rank" in new:
         new = {"states": "bf16"}
-    old = {"method": method} | ({} if method == "adamw" else {"rank": 12})
+    old: dict[str, Any] = {"method": method} | ({} if method == "adamw" else {"rank": 12})
     first, second = optimizer_of(**old), optimizer_of(dtype=dtype, **old | new)
     train(first, 7)
     meta = optimizer_of("meta", **old)
@@ -301,7 +301,7 @@ def test_another_method_takes_over_what_means_the_same(
 
 def test_nothing_is_needed_but_shapes_to_say_what_will_happen() -> None:
     old: dict[str, Any] = {"method": "galore", "rank": 8}
-    new = {"method": "galore", "rank": 4, "states": "8bit"}
+    new: dict[str, Any] = {"method": "galore", "rank": 4, "states": "8bit"}
     first, _, changes = converted(old, new)
     shapes = [(key, value.to("meta")) for key, value in first.state_tensors()]
     written, planned = optimizer_of("meta", **old), optimizer_of("meta", **new)

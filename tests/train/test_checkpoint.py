@@ -107,7 +107,7 @@ def test_restoring_gives_position_and_states_back(parts: Parts, make: Callable[.
     other = make(run={"out": str(parts.run.folder.parent), "name": "b"})
     for parameter in other.model.parameters():
         parameter.data.zero_()
-    at = restore(folder, other.model, other.optimizer, other.batches, other.corpus)
+    at, _ = restore(folder, other.model, other.optimizer, other.batches, other.corpus)
     assert at == Position(5, 5 * 256)
     assert other.optimizer.updates == 5
     mine, theirs = parts.model.state_dict(), other.model.state_dict()
