@@ -5,6 +5,8 @@ import pytest
 from lowmem.cli.lines import EventLines, heading
 from lowmem.train.events import (
     Assigned,
+    Converted,
+    ConvertedPart,
     Diagnosed,
     Evaluated,
     Finished,
@@ -137,3 +139,18 @@ def test_failed_decompositions_are_told_once_each() -> None:
     assert "50 2 decompositions failed so far" in told[1][0]
     assert "3 decompositions" in told[4][0]
     assert lines.of(Diagnosed(59, {"alignment": 0.5})) == []
+
+
+def test_what_a_conversion_keeps_stands_in_aligned_columns() -> None:
+    parts = [
+        ConvertedPart("weights", True, 0.0, "fp32, the same values"),
+        ConvertedPart("states of 14 weights", False, 0.0123, "rounded once to the new format"),
+    ]
+    lines = lines_at(Clock()).of(Converted(1000, parts))
+    title, head, first, second = (line.removeprefix("12:00:00 ") for line in lines)
+    assert title.strip() == "other settings after update 1000:"
+    assert head.split() == ["taken", "over", "exact", "error"]
+    assert first.split()[1:3] == ["yes", "-"]
+    assert second.index("no") == first.index("yes") == head.index("exact")
+    assert "1.2e-02  rounded once" in second
+    assert first.index("fp32,") == second.index("rounded once")

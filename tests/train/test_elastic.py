@@ -201,6 +201,7 @@ def forget_settings(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(signed(manifest)))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_settings_is_resumed_but_not_converted(
     begun: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:

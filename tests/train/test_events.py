@@ -10,6 +10,8 @@ import pytest
 from lowmem.train.events import (
     Assigned,
     Continued,
+    Converted,
+    ConvertedPart,
     Diagnosed,
     Evaluated,
     Event,
@@ -137,6 +139,16 @@ RECORDS: list[tuple[Event, dict[str, Any]]] = [
     (
         Grown(49, "others", 300, 1001),
         {"event": "grown", "update": 49, "whose": "others", "planned": 300, "measured": 1001},
+    ),
+    (
+        Converted(6, [ConvertedPart("weights", False, 0.01, "fp32 -> int8")]),
+        {
+            "event": "converted",
+            "update": 6,
+            "parts": [
+                {"part": "weights", "exact": False, "error": 0.01, "becomes": "fp32 -> int8"}
+            ],
+        },
     ),
     (Stopping("SIGTERM"), {"event": "stopping", "signal": "SIGTERM"}),
     (
