@@ -229,17 +229,16 @@ def _logits(job: Job, wanted: Logits) -> Logits:
 
 
 def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None:
-    """The fastest micro-batch and recomputation that fit; of the equally fast the smallest."""
-    best: tuple[int, int, Choice] | None = None
+    """The fastest micro-batch and recomputation that fit."""
+    best: Choice | None = None
     hopes = [_hope(job, kind, mode, size) for size in _micro_batches(job, kind, mode, room)]
     for hope in sorted(hopes, key=job.seconds):
-        if best is not None and _speed_class(job, hope) > best[0]:
+        if best is not None and job.seconds(hope) >= job.seconds(best):
             break
         found = _least_recomputed(job, hope, room)
         if found is not None:
-            judged = (_speed_class(job, found), job.peak(found), found)
-            best = judged if best is None else min(best, judged, key=lambda each: each[:2])
-    return None if best is None else best[2]
+            best = found if best is None else min(best, found, key=job.seconds)
+    return best
 
 
 def _hope(job: Job, kind: Kind, mode: UpdateMode, micro: int) -> Choice:
