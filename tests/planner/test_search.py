@@ -37,6 +37,7 @@ def test_seven_billion_fit_24gb_with_the_best_published_method() -> None:
     shown = [(row.choice.method, row.reason) for row in plan.candidates[1:3]]
     assert shown == [("apollo", "next in quality"), ("apollo_mini", "next in quality")]
     assert [row.reason for row in plan.candidates[3:]] == ["fastest", "smallest"]
+    assert plan.candidates[0].reason == "chosen"
     said = json.loads(json.dumps(plan.to_json()))
     assert said["quality"]["source"] == said["candidates"][0]["quality"]["source"]
     assert said["quality"]["nats"] == pytest.approx(-0.149, abs=1e-3)
