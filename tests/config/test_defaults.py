@@ -210,6 +210,7 @@ def test_only_the_planner_is_left_with_choices() -> None:
         "train.recompute",
         "train.logits",
         "train.clip",
+        "train.ends",
     }
 
 
