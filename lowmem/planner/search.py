@@ -423,6 +423,7 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "logits": choice.logits,
             "clip": "off" if choice.clip is None else choice.clip,
             "weights": choice.weights,
+            "ends": choice.ends,
         }
     )
     return config.model_copy(update={"optimizer": optimizer, "train": train})

@@ -137,6 +137,7 @@ def build(config: Config) -> tuple[Llama, Optimizer]:
         dtype=compute_dtype(weights, config.train.device),
         device=config.train.device,
         int8=weights == "int8",
+        int8_ends=config.train.ends == "int8",
         recompute=settled(config.train.recompute),
         keep_logits=config.train.logits == "keep",
         attention=config.train.attention,
