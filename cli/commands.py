@@ -123,19 +123,29 @@ def train(
     command.train(given, dry_run=dry_run, as_json=json)
 
 
-def resume(given: Given, run: Run, json: Json = False) -> None:
+def resume(
+    given: Given,
+    run: Run,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="previous", help="the newest intact one before the newest"),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Continue a run exactly where its last checkpoint stands.
 
+    --micro-batch and --recompute may change: the batches stay the same, sums only round otherwise.
+
     \b
-    Example:
+    Examples:
       lowmem resume runs/llama-60m-galore-1
+      lowmem resume runs/llama-60m-galore-1/checkpoints/step-002000
+      lowmem resume runs/llama-60m-galore-1 --from previous
+      lowmem resume runs/llama-60m-galore-1 --micro-batch 4 --recompute full
     """
-    from lowmem.train.guard import stopped_while_loading
+    from lowmem.cli import resume as command
 
-    with stopped_while_loading(str(run)):
-        from lowmem.cli import resume as command
-
-        command.resume(given, run, as_json=json)
+    command.resume(given, run, start, as_json=json)
 
 
 def evaluate(given: Given, path: Weights, json: Json = False) -> None:
@@ -210,11 +220,36 @@ def methods(
     command.methods(given, name, as_json=json)
 
 
-def doctor(given: Given, json: Json = False) -> None:
-    """What this machine offers: versions, device, cache, variables. For bug reports."""
+def doctor(
+    given: Given,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="for --report", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="kill runs at random points, compare bit for bit")
+    ] = False,
+    kills: Annotated[int, typer.Option(min=1, metavar="N", help="of --resume")] = 9,
+    disk: Annotated[
+        bool, typer.Option("--disk", help="speed and room of --out, for --model's checkpoints")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="for bug reports; no private paths, names or tokens")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """What this machine offers: versions, device, cache, variables.
+
+    \b
+    Examples:
+      lowmem doctor
+      lowmem doctor --resume --kills 50
+      lowmem doctor --disk --model llama-1b --out runs
+      lowmem doctor --report runs/llama-60m-galore-1
+    """
     from lowmem.cli import doctor as command
 
-    command.doctor(given, as_json=json)
+    asked = command.Asked(resume=kills if resume else 0, disk=disk, report=report, run=run)
+    command.doctor(given, asked, as_json=json)
 
 
 def prepare(
@@ -305,12 +340,16 @@ def schema(given: Given) -> None:
 RUNS, LOOK = "Runs", "Data, configuration, machine"
 app.command("plan", rich_help_panel=RUNS)(with_settings(plan, SETTINGS, files=True))
 app.command("train", rich_help_panel=RUNS)(with_settings(train, SETTINGS, files=True))
-app.command("resume", rich_help_panel=RUNS)(with_settings(resume))
+app.command("resume", rich_help_panel=RUNS)(
+    with_settings(resume, named("--micro-batch", "--recompute"))
+)
 app.command("eval", rich_help_panel=RUNS)(with_settings(evaluate, named(*EVALUATION)))
 app.command("export", rich_help_panel=RUNS)(with_settings(export))
 app.command("sample", rich_help_panel=RUNS)(with_settings(sample))
 app.command("methods", rich_help_panel=LOOK)(with_settings(methods))
-app.command("doctor", rich_help_panel=LOOK)(with_settings(doctor))
+app.command("doctor", rich_help_panel=LOOK)(
+    with_settings(doctor, named("--model", "--out", "--method", "--keep"), files=True)
+)
 data.command("prepare")(with_settings(prepare))
 data.command("info")(with_settings(info))
 data.command("verify")(with_settings(verify))

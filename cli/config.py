@@ -1,13 +1,16 @@
 """`lowmem config`: show, check and describe configurations."""
 
 from pathlib import Path
+from textwrap import indent
 
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.cli.settings import loaded
 from lowmem.config.load import flatten, load
-from lowmem.config.schema import Config, OptimizerConfig
+from lowmem.config.presets import resolve_model
+from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml, toml_value
+from lowmem.errors import ConfigError, LowMemError
 
 
 def show(given: Given, *, origin: bool, as_json: bool) -> None:
@@ -29,20 +32,42 @@ def show(given: Given, *, origin: bool, as_json: bool) -> None:
 
 
 def check(given: Given, files: list[Path]) -> None:
-    """ConfigError for the first file that is wrong, with everything that is wrong in it."""
+    """Say of each file whether it is right; ConfigError with all that is wrong in any of them."""
     console = Console(quiet=given.quiet)
+    wrong: list[tuple[Path, LowMemError]] = []
     for path in files:
-        _check_methods(load({}, [path], {}).config.optimizer)
-        console.result(f"{path}: ok")
+        try:
+            check_file(load({}, [path], {}).config)
+            console.result(f"{path}: ok")
+        except LowMemError as error:
+            wrong.append((path, error))
+            console.result(f"{path}: wrong")
+    if len(files) == 1 and wrong:
+        raise wrong[0][1]
+    if wrong:
+        told = [
+            f"{path}: {error.what}\n{indent(error.why, '  ')}".rstrip() for path, error in wrong
+        ]
+        fixes = dict.fromkeys(error.fix for _, error in wrong if error.fix)
+        raise ConfigError(
+            f"{len(wrong)} of {len(files)} files are wrong", "\n".join(told), "\n".join(fixes)
+        )
 
 
-def _check_methods(optimizer: OptimizerConfig) -> None:
-    """ConfigError for an unknown method or argument; only the methods know their arguments."""
+def check_file(config: Config) -> None:
+    """ConfigError for an unknown model, card or method, or an argument that a method lacks."""
     from lowmem.optim.methods import build_method
+    from lowmem.planner.hardware import check_card
 
-    for section in (optimizer, optimizer.rest):
+    if config.model != "auto":
+        resolve_model(config.model, Path.cwd())
+    check_card(config.gpu)
+    for name, section in (
+        ("optimizer", config.optimizer),
+        ("optimizer.rest", config.optimizer.rest),
+    ):
         if section.method != "auto":
-            build_method(section.method, section.options)
+            build_method(section.method, section.options, name)
 
 
 def schema(given: Given) -> None:

@@ -89,9 +89,12 @@ def _count(text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        return parse_count(text)
+        count = parse_count(text)
     except ValueError as error:
         raise ConfigError(f"--max-tokens {text}", str(error), "--max-tokens 200M") from None
+    if count < 1:
+        raise ConfigError(f"--max-tokens {text}", "must be at least 1", "--max-tokens 200M")
+    return count
 
 
 def _show(console: Console, corpus: Corpus, *, as_json: bool) -> None:

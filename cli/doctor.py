@@ -16,7 +16,7 @@ from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.config.flags import ENVIRONMENT, OTHER_VARIABLES
 from lowmem.data.cache import cache_home
-from lowmem.errors import HardwareError, nearest
+from lowmem.errors import ConfigError, HardwareError, nearest
 from lowmem.units import format_bytes
 
 _REQUIRED = (
@@ -41,8 +41,44 @@ class Check:
     fix: str = ""
 
 
-def doctor(given: Given, *, as_json: bool) -> None:
-    """Print all checks; HardwareError (exit 8) when something required is broken."""
+@dataclass(frozen=True)
+class Asked:
+    """Which examination: at most one. resume: kills, 0 for none; run: of the report."""
+
+    resume: int = 0
+    disk: bool = False
+    report: bool = False
+    run: Path | None = None
+
+
+def doctor(given: Given, asked: Asked, *, as_json: bool) -> None:
+    """Print all checks, or the examination that was asked for.
+
+    HardwareError (exit 8) when something required is broken; ConfigError: several examinations.
+    """
+    chosen = [flag for flag in ("resume", "disk", "report") if getattr(asked, flag)]
+    if len(chosen) > 1:
+        flags = " and ".join(f"--{flag}" for flag in chosen)
+        raise ConfigError(f"{flags} at once", "each is an examination of its own", "one of them")
+    if asked.run is not None and not asked.report:
+        raise ConfigError(f"{asked.run} without --report", "a run is only reported on", "--report")
+    if asked.resume:
+        from lowmem.cli.doctor_resume import doctor_resume
+
+        doctor_resume(given, asked.resume, as_json=as_json)
+    elif asked.disk:
+        from lowmem.cli.doctor_disk import doctor_disk
+
+        doctor_disk(given, as_json=as_json)
+    elif asked.report:
+        from lowmem.cli.doctor_report import doctor_report
+
+        doctor_report(given, asked.run, as_json=as_json)
+    else:
+        _checks(given, as_json=as_json)
+
+
+def _checks(given: Given, *, as_json: bool) -> None:
     console = Console(quiet=given.quiet)
     checks = list(examine(os.environ))
     if as_json:

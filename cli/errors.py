@@ -8,7 +8,10 @@ error: run folder runs/a exists (exit 2)
 import sys
 import traceback
 
-from lowmem.errors import LowMemError
+from lowmem.errors import LowMemError, short
+
+_MOST_LINES = 40
+_LONGEST_LINE = 600  # characters; more comes from damaged input, not from us
 
 EXIT_CODES = {
     0: "ok",
@@ -27,13 +30,15 @@ EXIT_CODES = {
 
 def tell(error: LowMemError) -> int:
     """Print the error's three parts; return its exit code."""
+    why, fix = error.why.splitlines(), error.fix.splitlines()
     word = "stopped" if error.exit_code == 75 else "error"
     lines = [f"{word}: {error.what} (exit {error.exit_code})"]
-    lines += [f"  {line}" for line in error.why.splitlines()]
-    first, *more = error.fix.splitlines() or [""]
+    lines += [f"  {line}" for line in why[:_MOST_LINES]]
+    lines += [f"  and {len(why) - _MOST_LINES:,} more lines"] if len(why) > _MOST_LINES else []
+    first, *more = fix or [""]
     lines += [f"  fix: {first}"] if first else []
-    lines += [f"       {line}" for line in more]
-    print("\n".join(lines), file=sys.stderr)
+    lines += [f"       {line}" for line in more[:_MOST_LINES]]
+    print("\n".join(short(line, _LONGEST_LINE) for line in lines), file=sys.stderr)
     return error.exit_code
 
 

@@ -11,6 +11,7 @@ from lowmem.cli.settings import loaded
 from lowmem.cli.train import corpus_of
 from lowmem.cli.weights import run_of
 from lowmem.config.schema import Config, DataConfig
+from lowmem.errors import CheckpointError, short
 from lowmem.train.checkpoint import ABOUT, model_folder
 from lowmem.train.evaluate import evaluate_folder
 
@@ -58,9 +59,15 @@ def _config(given: Given, path: Path, model: Path, console: Console) -> Config:
 
 def _data_of(model: Path) -> DataConfig:
     """The data of an exported model, if it says so, and a folder's own tokenizer."""
-    own: dict[str, Any] = {}
-    if (model / ABOUT).is_file():
-        own = json.loads((model / ABOUT).read_text(encoding="utf-8"))["data"]
-    if (model / "tokenizer.json").is_file():
-        own["tokenizer"] = str(model)
-    return DataConfig.model_validate(own)
+    tokenizer = {"tokenizer": str(model)} if (model / "tokenizer.json").is_file() else {}
+    try:
+        text = (model / ABOUT).read_text(encoding="utf-8")
+        return DataConfig.model_validate({**json.loads(text)["data"], **tokenizer})
+    except FileNotFoundError:
+        return DataConfig.model_validate(tokenizer)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{model / ABOUT} cannot be read",
+            f"it says what the model was trained on: {short(str(error), 200)}",
+            "copy the folder again, or remove the file and give --data",
+        ) from error

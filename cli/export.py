@@ -1,5 +1,6 @@
 """`lowmem export`: a folder that transformers loads."""
 
+import os
 from pathlib import Path
 
 from lowmem.cli.console import Console
@@ -13,7 +14,7 @@ def export(given: Given, path: Path, out: Path) -> None:
     """Write the weights of `path` to `out`, which must not hold anything yet."""
     console = Console(quiet=given.quiet)
     model_folder(path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             f"{out} exists", "an export overwrites nothing", "give the name of a new folder"
         )

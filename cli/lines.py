@@ -5,15 +5,20 @@ from collections.abc import Callable, Iterator
 
 from lowmem.train.events import (
     Assigned,
+    Continued,
     Diagnosed,
     Evaluated,
     Event,
     Finished,
     Grown,
     Measured,
+    Paused,
+    RolledBack,
     Saved,
+    Skipped,
     Started,
     Stopping,
+    Storage,
     Trained,
     perplexity,
 )
@@ -71,13 +76,24 @@ class EventLines:
                 return self._diagnosed(event)
             case Evaluated():
                 return [self._evaluated(event)]
+            case Storage():
+                return list(_storage(event))
             case Saved():
                 size, took = format_bytes(event.bytes), format_seconds(event.seconds)
-                return [f"{event.update:>8} saved {event.path}, {size}, {took}"]
+                blocked = f"training waited {format_seconds(event.blocked)}"
+                return [f"{event.update:>8} saved {event.path}, {size}, {took}, {blocked}"]
             case Measured():
                 return list(_measured(event, self._parts))
             case Grown():
                 return [_grown(event)]
+            case Skipped():
+                return list(_skipped(event))
+            case RolledBack():
+                return self._rolled_back(event)
+            case Paused():
+                return [f"{'':>8} waiting: {event.why}"]
+            case Continued():
+                return [f"{'':>8} going on after {format_seconds(event.seconds)}"]
             case Stopping():
                 return [f"{'':>8} {event.signal}: the run stops after this update"]
             case Finished():
@@ -114,6 +130,14 @@ class EventLines:
             f" {event.memory_bytes / GIB:>6.2f} {format_count(event.tokens):>8}"
             f"  {self.remaining()}"
         )
+
+    def _rolled_back(self, event: RolledBack) -> list[str]:
+        where = f"update {event.update}" if event.update else "the beginning"
+        batches = f"the batches of updates {event.first + 1} to {event.last + 1}"
+        return [
+            f"{'':>8} rollback {event.number} of {event.of} to {where},"
+            f" leaving out {batches}: {event.why}"
+        ]
 
     def _diagnosed(self, event: Diagnosed) -> list[str]:
         """Only what someone should know at once: that subspaces could not be chosen anew."""
@@ -162,3 +186,27 @@ def _grown(event: Grown) -> str:
         return f"{event.update + 1:>8} warning: {why}; the run may not fit for long"
     why = f"this run has reserved {measured}, the plan said {planned}"
     return f"{event.update + 1:>8} warning: {why}; please report this as a bug"
+
+
+def _storage(event: Storage) -> Iterator[str]:
+    one, all_of_them = format_bytes(event.checkpoint), format_bytes(event.kept * event.checkpoint)
+    free = format_bytes(event.free)
+    yield f"{'':>8} checkpoints of {one}, at most {event.kept} = {all_of_them}; {free} are free"
+    if event.host_copy:
+        copy = format_bytes(event.host_copy)
+        yield f"{'':>8} written while training goes on, from a copy of {copy} in host memory"
+    else:
+        yield f"{'':>8} training waits while they are written: {event.why}"
+
+
+_SEQUENCES_SHOWN = 4
+
+
+def _skipped(event: Skipped) -> Iterator[str]:
+    left = "was made all the same" if event.made else "was not made"
+    yield f"{event.update + 1:>8} {left}: {event.why}"
+    shown = event.sequences[:_SEQUENCES_SHOWN]
+    more = len(event.sequences) - len(shown)
+    yield f"{'':>8}   its text: {', '.join(shown)}" + (
+        f" and {more} more sequences in events.jsonl" if more else ""
+    )

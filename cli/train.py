@@ -37,13 +37,15 @@ def train(given: Given, *, dry_run: bool, as_json: bool) -> None:
     console.say(f"\nThe same, explicitly:\n  {explicit_command(plan, given, model)}\n")
     if dry_run:
         return
-    from lowmem.train.loop import require_hardware, text_of
+    from lowmem.train.disk import require_room
+    from lowmem.train.loop import declared_bytes, require_hardware, text_of
     from lowmem.train.loop import train as train_run
     from lowmem.train.run import Run
 
     require_hardware(plan.config)  # before a folder is made
     corpus = corpus_of(plan.config, console)
     text_of(plan.config, corpus)  # too little of it is told before a folder is made
+    require_room(plan.config, Path(plan.config.run.out), declared_bytes(plan.config), 0)
     run = Run.create(plan.config, plan.to_json())
     console.say(f"{run.folder}  Ctrl-C saves and stops")
     with console.progress() as report, traced_in(run.folder):

@@ -6,6 +6,8 @@ Library misuse by programmers stays `ValueError` or `TypeError`; only `cli/error
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_WORD = 100  # to look for neighbours of; the search takes quadratic time
+
 
 class LowMemError(Exception):
     """An error that is told to the user in three parts.
@@ -71,7 +73,26 @@ class Stopped(LowMemError):
     exit_code = 75
 
 
+def short(text: str, most: int = 80) -> str:
+    """`text` on one line of at most about `most` characters, what a terminal obeys spelled out."""
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text[: most + 1]
+    )
+    if len(text) <= most:
+        return shown
+    return f"{shown[: most - 20]}... ({len(text):,} characters)"
+
+
+def plain(message: str) -> str:
+    """A sentence of pydantic's or typer's in our words."""
+    message = message.replace("Input should be", "must be").removeprefix("Value error, ")
+    return message.partition(", unable")[0]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The hint "did you mean `x`?", or an empty string when nothing is near."""
+    if len(word) > _LONGEST_WORD:
+        return ""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean `{close[0]}`?" if close else ""

@@ -17,7 +17,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from lowmem.errors import CheckpointError
@@ -119,6 +119,12 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file as hex, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stays_inside(name: str) -> bool:
+    """Is this name of a manifest a plain path below the manifest's own folder?"""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not {"..", "/", "//"} & set(parts) and not set(name) & set("\\:\0")
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -8,6 +8,8 @@ import math
 import re
 
 _NUMBER = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_BATCH = re.compile(r"(.*[^\s-])[\s-]*(seqs?|sequences?|tokens?)")
+_LONGEST_INT = 1024  # bits: what a float can hold
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
@@ -17,6 +19,8 @@ _MONTH = 365.25 * 86400 / 12  # seconds
 
 
 def _parse(text: str | int | float, factors: dict[str, int], kind: str, example: str) -> int:
+    if isinstance(text, int) and text.bit_length() > _LONGEST_INT:  # str() may refuse it
+        raise ValueError(f"a number of {text.bit_length()} bits is too large for a {kind}")
     match = _NUMBER.fullmatch(str(text))
     if match is None or match[2].lower() not in factors:
         raise ValueError(f"{text!r} is no {kind}; write it like {example}")
@@ -40,7 +44,7 @@ def parse_count(text: str | int | float) -> int:
 
 def parse_batch(text: str) -> tuple[int, str]:
     """(number, "seq" or "tokens") of "32seq" or "131k-tokens"."""
-    match = re.fullmatch(r"\s*(.+?)\s*-?\s*(seqs?|sequences?|tokens?)\s*", str(text))
+    match = _BATCH.fullmatch(str(text).strip())
     if match is None:
         raise ValueError(f"{text!r} is no batch; write it like 32seq or 131k-tokens")
     number = parse_count(match[1])

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lowmem.config.problems import wrong_values
 from lowmem.config.schema import ModelConfig
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, short
 
 _ROPE_TYPES = ("default", "linear", "llama3")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -26,7 +27,7 @@ def model_config_from_huggingface(data: dict[str, Any]) -> ModelConfig:
         value = data.get(key, None if key == "model_type" else allowed)
         if value != allowed:
             raise ConfigError(
-                f"{key} = {value!r} in config.json",
+                f"{key} = {short(repr(value))} in config.json",
                 f"lowmem trains LLaMA models: {key} must be {allowed!r}",
                 "use the config.json of a LLaMA model, or a preset such as llama-60m",
             )
@@ -37,9 +38,10 @@ def model_config_from_huggingface(data: dict[str, Any]) -> ModelConfig:
     try:
         return ModelConfig.model_validate(known)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        reasons = wrong_values(error, "model")
+        told = [f"{key.removeprefix('model.')}: {why}" for key, why in reasons.items()]
         raise ConfigError(
-            "config.json describes no LLaMA model: " + "; ".join(problems),
+            f"config.json describes no LLaMA model: {short('; '.join(told), 300)}",
             "lowmem reads the fields of Hugging Face's LlamaConfig",
             "correct these fields, or use a preset such as llama-60m",
         ) from error
@@ -53,12 +55,21 @@ def _one_token(value: Any) -> Any:
 
 def _read_rope(data: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) of `rope_parameters` (5) or of `rope_theta` and `rope_scaling` (4)."""
-    rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
+    told = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(told, dict):
+        raise ConfigError(
+            f"rope_parameters = {short(repr(told))} in config.json",
+            "rope_parameters and rope_scaling are objects or null",
+            "correct the file, or use a preset such as llama-60m",
+        )
+    rope = dict(told)
     theta = rope.pop("rope_theta", None) or data.get("rope_theta") or 10000.0
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     partial = rope.pop("partial_rotary_factor", None) or data.get("partial_rotary_factor") or 1.0
     if kind not in _ROPE_TYPES or partial != 1.0:
-        what = f"rope_type = {kind!r}" if partial == 1.0 else f"partial_rotary_factor = {partial}"
+        what = f"rope_type = {short(repr(kind))}"
+        if partial != 1.0:
+            what = f"partial_rotary_factor = {short(repr(partial))}"
         raise ConfigError(
             f"{what} in config.json",
             f"lowmem turns whole heads with rope_type {', '.join(_ROPE_TYPES)}",

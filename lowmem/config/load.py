@@ -10,6 +10,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,13 @@ from lowmem.config.problems import (
 )
 from lowmem.config.schema import Config, OptimizerConfig
 from lowmem.config.toml import key_lines
-from lowmem.errors import nearest
+from lowmem.errors import nearest, short
 
 _BUDGETS = {"train.updates", "train.tokens", "train.hours"}  # one budget in three forms
+_DEEPEST = 16  # tables and lists in one another
+_TOO_DEEP = f"is nested deeper than {_DEEPEST} tables"
+_LONGEST_INT = 1000  # bits; neither text nor a float holds much more
+_LONGEST_TEXT = 4096  # characters, what a path may have
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,18 @@ class _Given:
     def take(self, source: Iterable[tuple[str, Any, str]]) -> None:
         """Add (key, value, origin) of a stronger source; what contradicts it gives way."""
         new: dict[str, _Value] = {}
+        tables: set[str] = set()  # the keys of `new`, and those of the tables around them
         for written, value, origin in source:
             key = _canonical(written)
-            if schema_of(key) is None:
+            if unusable := _unusable(value):
+                self.problems.append(Problem(_place(origin), written, unusable))
+            elif other := key if key in tables else next(filter(new.get, _parents(key)), None):
+                self.problems.append(Problem(_place(origin), written, f"`{other}` is given too"))
+            elif schema_of(key) is None:
                 self.problems.append(Problem(_place(origin), written, unknown_key(written)))
             else:
                 new[key] = _Value(value, origin, written)
+                tables |= set(_parents(key))
         kept = {k: v for k, v in self.values.items() if not any(_displaces(n, k) for n in new)}
         self.values = kept | new
 
@@ -137,14 +148,22 @@ def _place(origin: str) -> str:
 def _from_file(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Any, str]]:
     try:
         text = path.read_text(encoding="utf-8")
-        tables = tomllib.loads(text)
     except FileNotFoundError:
         problems.append(Problem(f"{path}", "", "this file does not exist"))
-    except tomllib.TOMLDecodeError as error:
-        problems.append(Problem(f"{path}", "", f"is not TOML: {error}"))
-    except (OSError, UnicodeDecodeError) as error:
+        return
+    except (OSError, ValueError) as error:
         problems.append(Problem(f"{path}", "", f"cannot be read as text: {error}"))
+        return
+    try:
+        tables = tomllib.loads(text)
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
+        problems.append(Problem(f"{path}", "", f"is not TOML: {error}"))
+    except RecursionError:
+        problems.append(Problem(f"{path}", "", _TOO_DEEP))
     else:
+        if _depth_exceeds(tables, _DEEPEST):
+            problems.append(Problem(f"{path}", "", _TOO_DEEP))
+            return
         lines = key_lines(text)
         for key, value in flatten(tables):
             if key:  # an empty file is one empty leaf without a name
@@ -164,7 +183,11 @@ def _from_assignment(text: str, problems: list[Problem]) -> Iterator[tuple[str, 
     if not equals or not key.strip():
         problems.append(Problem("--set", text, "must be key=value, e.g. optimizer.gap=100"))
         return
-    for name, leaf in flatten(_toml_or_text(value), key.strip()):
+    parsed = _toml_or_text(value)
+    if _depth_exceeds(parsed, _DEEPEST):
+        problems.append(Problem("--set", key.strip(), _TOO_DEEP))
+        return
+    for name, leaf in flatten(parsed, key.strip()):
         yield name, leaf, f"flag --set {key.strip()}"
 
 
@@ -176,9 +199,48 @@ def _from_text(key: str, value: Any) -> Any:
 
 def _toml_or_text(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        tables = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text.strip()
+    return tables["value"] if tables.keys() == {"value"} else text.strip()  # one line, one value
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    """Whether tables and lists are nested deeper than `most`; without recursion."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            item
+            for one in level
+            if isinstance(one, dict | list)
+            for item in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, dict | list) for one in level)
+
+
+def _unusable(value: Any) -> str:
+    """Why no key can have this value: what config.toml could not hold, or no path may contain."""
+    match value:
+        case list():
+            return next(filter(None, map(_unusable, value)), "")
+        case dict():
+            return next(filter(None, map(_unusable, [*value, *value.values()])), "")
+        case int() if value.bit_length() > _LONGEST_INT:
+            return f"a whole number of {value.bit_length():,} bits is too large"
+        case date() | time():
+            return f"{value} is a date or time, which no key takes"
+        case str() if len(value) > _LONGEST_TEXT:
+            return f"a text of {len(value):,} characters; at most {_LONGEST_TEXT:,} are taken"
+        case str() if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            return f"{short(value)} holds NUL or bytes that are no UTF-8"
+    return ""
+
+
+def _parents(key: str) -> Iterator[str]:
+    """The keys of the tables around `key`, itself first."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
 
 
 def _odd_variables(environ: Mapping[str, str]) -> list[str]:

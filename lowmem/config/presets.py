@@ -1,13 +1,14 @@
 """Which model a name or a path means: presets, and config.json of Hugging Face folders."""
 
 import json
+import os
 import tomllib
 from importlib.resources import files
 from pathlib import Path
 
 from lowmem.config.huggingface import model_config_from_huggingface
 from lowmem.config.schema import ModelConfig
-from lowmem.errors import ConfigError, nearest
+from lowmem.errors import ConfigError, nearest, short
 
 
 def preset_names() -> list[str]:
@@ -30,9 +31,9 @@ def resolve_model(spec: str | ModelConfig, base: Path) -> ModelConfig:
         return spec
     if spec in _preset_files():
         return read_preset(spec)
-    path = base / spec
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    path = base / spec  # os.path, because pathlib raises where a name is too long
+    path = path / "config.json" if os.path.isdir(path) else path
+    if not os.path.isfile(path):
         raise _unknown_model(spec)
     return _read_config_json(path)
 
@@ -50,7 +51,7 @@ def _preset_files() -> dict[str, str]:
 def _read_config_json(path: Path) -> ModelConfig:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--model {path} cannot be read",
             f"{error}",
@@ -68,7 +69,7 @@ def _read_config_json(path: Path) -> ModelConfig:
 def _unknown_model(spec: str) -> ConfigError:
     names = preset_names()
     return ConfigError(
-        f"--model {spec} is neither a preset nor a file",
+        f"--model {short(spec)} is neither a preset nor a file",
         f"presets: {', '.join(names)}",
         nearest(spec, names) or "a preset, or the path of a config.json or of its folder",
     )

@@ -4,6 +4,7 @@ The allowed values come from the JSON schema of `Config`, so a new field needs n
 `rank = 0` becomes "must be a whole number of at least 1, a number above 0 and below 1, ...".
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,9 +14,13 @@ from pydantic import ValidationError
 
 from lowmem.config.schema import Config
 from lowmem.config.toml import toml_value
-from lowmem.errors import ConfigError, nearest
+from lowmem.errors import ConfigError, nearest, short
 
 Schema = dict[str, Any]
+_LINE = re.compile("[0-9]{1,9}")
+_SLIP = 10**6  # limits from here on are not what a user needs to hear of
+_MOST_LISTED = 30
+_LONGEST_KEY, _LONGEST_REASON = 60, 400  # characters
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,19 @@ def config_error(problems: list[Problem]) -> ConfigError:
     places = {problem.place.rpartition(":")[0] for problem in problems}
     where = places.pop() if len(places) == 1 else ""
     problems = sorted(problems, key=_by_line)
-    place_width = max(len(problem.place) for problem in problems)
-    key_width = max(len(problem.key) for problem in problems)
-    lines = [f"{p.place:{place_width}}  {p.key:{key_width}}  {p.reason}" for p in problems]
+    more = "" if len(problems) <= _MOST_LISTED else f"\nand {len(problems) - _MOST_LISTED:,} more"
+    problems = problems[:_MOST_LISTED]
+    places_shown = [short(problem.place, _LONGEST_REASON) for problem in problems]
+    place_width = max(map(len, places_shown))
+    keys = [short(problem.key, _LONGEST_KEY) for problem in problems]
+    key_width = max(map(len, keys))
+    lines = [
+        f"{place:{place_width}}  {key:{key_width}}  {short(p.reason, _LONGEST_REASON)}"
+        for p, place, key in zip(problems, places_shown, keys, strict=True)
+    ]
     return ConfigError(
         f"{count} in {where or 'the configuration'}",
-        "\n".join(line.rstrip() for line in lines),
+        "\n".join(line.rstrip() for line in lines) + more,
         "correct what is listed; `lowmem config schema` describes every key",
     )
 
@@ -46,7 +58,7 @@ def config_error(problems: list[Problem]) -> ConfigError:
 def _by_line(problem: Problem) -> tuple[str, int]:
     """Problems of one file in the order of its lines, the others where they were found."""
     name, _, line = problem.place.rpartition(":")
-    return (name, int(line)) if name and line.isdecimal() else ("", 0)
+    return (name, int(line)) if name and _LINE.fullmatch(line) else ("", 0)
 
 
 def schema_of(key: str) -> Schema | None:
@@ -82,11 +94,14 @@ def root_schema() -> Schema:
     return Config.model_json_schema()
 
 
-def wrong_values(error: ValidationError) -> dict[str, str]:
-    """Dotted key -> reason. The branches of a union become one sentence about their key."""
+def wrong_values(error: ValidationError, section: str = "") -> dict[str, str]:
+    """Dotted key -> reason. The branches of a union become one sentence about their key.
+
+    section: of the configuration, that was validated; "" for all of it.
+    """
     reasons: dict[str, str] = {}
     for item in error.errors():
-        key = _key_of(item["loc"])
+        key = _key_of((section, *item["loc"]) if section else item["loc"])
         if item["type"] == "value_error":  # a sentence of ours, from a validator
             reasons[key] = str(item["ctx"]["error"])
         else:
@@ -105,8 +120,21 @@ def must_be(key: str, value: Any) -> str:
     """The sentence about a value that `key` does not take."""
     schema = schema_of(key) or {}
     hint = nearest(value, _choices(schema)) if isinstance(value, str) else ""
-    shown = value if isinstance(value, str) and value else toml_value(value)
-    return f"{shown} must be {allowed(schema)}" + (f"; {hint}" if hint else "")
+    if isinstance(value, int) and value > _SLIP:
+        hint = "that is too large"
+    return f"{short(_shown(value))} must be {allowed(schema)}" + (f"; {hint}" if hint else "")
+
+
+def _shown(value: Any) -> str:
+    """A value in TOML, or as JSON has it where TOML has none."""
+    match value:
+        case str() if value:
+            return value
+        case None:
+            return "null"
+        case list() | dict() if "None" in repr(value):
+            return repr(value)
+    return toml_value(value)
 
 
 def takes_boolean(key: str) -> bool:
@@ -198,6 +226,8 @@ def _range(branch: Schema, *, whole: bool) -> str:
         "below": branch.get("exclusiveMaximum"),
         "at most": branch.get("maximum"),
     }
+    if limits["at most"] is not None and limits["at most"] >= _SLIP:
+        limits["at most"] = None  # guards against slips; `must_be` tells who meets it
     if whole and limits["above"] is not None:
         limits["of at least"] = limits.pop("above") + 1
     words = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]

@@ -13,9 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
@@ -44,14 +42,23 @@ Fit = Literal["fit", "fit-fraction", "fit-mlp"]
 """The largest rank that the card holds: one number; one share of every matrix's shorter side; or
 twice as much for the MLP as for attention."""
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=10**9)]
+"""A number of things in a model or a run; more than 10^9 is a slip."""
+
+Index = Annotated[int, Field(ge=0, le=10**9)]
+"""A number of updates that may be none, or the id of a token."""
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=10**18)]
 """A positive number that may be written "1.1B" or "131k"."""
 
 Recompute = Annotated[str, AfterValidator(checked)]
 """A level, or levels from the last block downwards: see `config/recompute.py`."""
 
-Rank = PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)]
+Rank = Size | Annotated[float, Field(gt=0.0, lt=1.0)]
 """A number of dimensions, or a fraction of a matrix's shorter side."""
+
+CALM = 32
+"""Good updates after which an incident is over: no setting, for it only bounds the bookkeeping."""
 
 T = TypeVar("T")
 
@@ -76,20 +83,20 @@ class RopeScaling(Section):
     factor: PositiveFloat
     low_freq_factor: PositiveFloat = 1.0
     high_freq_factor: PositiveFloat = 4.0
-    original_max_position_embeddings: PositiveInt = 8192
+    original_max_position_embeddings: Size = 8192
 
 
 class ModelConfig(Section):
     """A LLaMA decoder, in the words of Hugging Face's `LlamaConfig`."""
 
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
-    vocab_size: PositiveInt = 32000
-    max_position_embeddings: PositiveInt = 2048
+    hidden_size: Annotated[int, Field(ge=1, le=2**18)]
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    vocab_size: Size = 32000
+    max_position_embeddings: Size = 2048
     rms_norm_eps: PositiveFloat = 1e-6
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -97,9 +104,9 @@ class ModelConfig(Section):
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: PositiveFloat = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
+    bos_token_id: Index | None = None
+    eos_token_id: Index | None = None
+    pad_token_id: Index | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -107,16 +114,16 @@ class ModelConfig(Section):
         """Key/value heads and head width follow from the rest where they are not given."""
         if not isinstance(data, dict):
             return data
-        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
-        filled = dict(data)
-        if filled.get("num_key_value_heads") is None:
-            filled["num_key_value_heads"] = heads
-        if filled.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int):
-            if heads and hidden % heads:
-                raise ValueError(
-                    f"hidden_size {hidden} is no multiple of num_attention_heads {heads}"
-                )
-            filled["head_dim"] = hidden // heads if heads else None
+        filled = {key: value for key, value in data.items() if value is not None}
+        heads, hidden = filled.get("num_attention_heads"), filled.get("hidden_size")
+        if isinstance(heads, int) and heads > 0:
+            filled.setdefault("num_key_value_heads", heads)
+            if "head_dim" not in filled and isinstance(hidden, int):
+                if hidden % heads:
+                    raise ValueError(
+                        f"hidden_size {hidden} is no multiple of num_attention_heads {heads}"
+                    )
+                filled["head_dim"] = hidden // heads
         return filled
 
     @model_validator(mode="after")
@@ -156,7 +163,7 @@ class DataConfig(Section):
     tokenizer: str = Field(
         default="auto", description="a folder or file that `tokenizers` reads, or a hub name"
     )
-    seq_len: PositiveInt | Auto = Field(default="auto", description="tokens per sequence")
+    seq_len: Size | Auto = Field(default="auto", description="tokens per sequence")
     text_key: str = Field(
         default="text", description="the key of a JSON line or column that holds text"
     )
@@ -201,7 +208,10 @@ class OptimizerConfig(Section):
             return data
         own = {key: value for key, value in data.items() if key in cls.model_fields}
         others = {key: value for key, value in data.items() if key not in cls.model_fields}
-        options = {**own.get("options", {}), **others}
+        given = own.get("options", {})
+        if not isinstance(given, dict):
+            raise ValueError("options must be a table of the method's arguments")
+        options = {**given, **others}
         for key in set(options) & set(cls.model_fields):
             raise ValueError(f"options.{key} is a setting of its own: write optimizer.{key}")
         return own | {"options": options} if options else own
@@ -211,7 +221,7 @@ class ScheduleConfig(Section):
     """The learning rate as a function of the update index."""
 
     kind: Literal["cosine", "linear", "constant", "wsd", "rex"] = "cosine"
-    warmup: NonNegativeInt | Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    warmup: Index | Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.1, description="updates, or a fraction of all updates"
     )
     min_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
@@ -229,15 +239,13 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """The budget of a run and how an update is computed."""
 
-    updates: PositiveInt | Auto = Field(default="auto", description="optimizer steps")
+    updates: Size | Auto = Field(default="auto", description="optimizer steps")
     tokens: Count | None = Field(default=None, description="a budget of tokens instead of updates")
-    hours: PositiveFloat | None = Field(
+    hours: Annotated[float, Field(gt=0.0, le=10.0**6)] | None = Field(
         default=None, description="a budget of time on a known card instead of updates"
     )
     batch: str = Field(default="auto", description="per update: 32seq or 131k-tokens")
-    micro_batch: PositiveInt | Auto = Field(
-        default="auto", description="sequences per forward pass"
-    )
+    micro_batch: Size | Auto = Field(default="auto", description="sequences per forward pass")
     update: UpdateMode | Auto = Field(
         default="auto", description="where gradients live and accumulate"
     )
@@ -264,7 +272,9 @@ class TrainConfig(Section):
     attention: Literal["sdpa", "flash-attn"] = Field(
         default="sdpa", description="PyTorch's own fused attention, or the flash-attn package"
     )
-    seed: NonNegativeInt = Field(default=0, description="of weights, data order and rounding")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="of weights, data order and rounding"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @field_validator("batch")
@@ -285,19 +295,57 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """Validation during the run."""
 
-    every: NonNegativeInt | Auto = Field(
-        default="auto", description="updates between evaluations, 0 = end"
-    )
+    every: Index | Auto = Field(default="auto", description="updates between evaluations, 0 = end")
     tokens: Count | Auto = Field(default="auto", description="validation tokens of an evaluation")
 
 
 class CheckpointConfig(Section):
     """When the run is saved."""
 
-    every: NonNegativeInt | Auto = Field(
-        default="auto", description="updates between saves, 0 = end only"
+    every: Index | Auto = Field(default="auto", description="updates between saves, 0 = end only")
+    keep: Size = Field(default=2, description="newest checkpoints to keep")
+    keep_best: bool = Field(
+        default=False,
+        description="save when validation is better than ever, and keep the best",
     )
-    keep: PositiveInt = Field(default=2, description="newest checkpoints to keep")
+    keep_every: Index = Field(
+        default=0, description="checkpoints of every so many updates stay for good, 0 = none"
+    )
+    behind: bool = Field(
+        default=True,
+        description="copy to host memory and write while training goes on; false: wait",
+    )
+
+
+class GuardConfig(Section):
+    """What happens to a loss or gradient that is not finite, and to spikes."""
+
+    loss_z: PositiveFloat | Literal["off"] = Field(
+        default=10.0,
+        description="a loss so many robust deviations above the median of the window is a spike",
+    )
+    norm_z: PositiveFloat | Literal["off"] = Field(
+        default=100.0, description="the same for the gradient norm"
+    )
+    window: Annotated[int, Field(ge=8, le=10**6)] = Field(
+        default=128, description="good updates that are compared with; half of them are needed"
+    )
+    skips: Index = Field(
+        default=3, description="bad updates of one incident that are skipped before a rollback"
+    )
+    rollbacks: Index = Field(
+        default=3, description="rollbacks of one incident before the run ends with exit 6"
+    )
+    back: Size = Field(
+        default=16,
+        description="a rollback also steps past so many updates before the first bad one, "
+        "the second past twice as many",
+    )
+
+    @property
+    def reach(self) -> int:
+        """How many updates before the newest a rollback may have to begin; 0: there are none."""
+        return self.back * self.rollbacks + CALM * (self.skips + 1) if self.rollbacks else 0
 
 
 class RunConfig(Section):
@@ -329,4 +377,5 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     run: RunConfig = Field(default_factory=RunConfig)

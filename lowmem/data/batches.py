@@ -78,6 +78,12 @@ class Batches:
             row[:] = self._stream.read(int(window) * self._seq_len, self._seq_len + 1)
         return UpdateBatch(torch.from_numpy(rows), self._rows_per_update * self._seq_len)
 
+    def places_of(self, update: int) -> list[tuple[str, int]]:
+        """(shard, first token in it) of every row of update `update`."""
+        return [
+            self._stream.place(int(window) * self._seq_len) for window in self._windows_of(update)
+        ]
+
     def _windows_of(self, update: int) -> np.ndarray:
         epochs, places = np.divmod(update * self._rows_per_update + self._own, self.windows)
         chosen = np.empty_like(places)

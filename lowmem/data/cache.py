@@ -12,7 +12,7 @@ from lowmem.errors import DataError
 def cache_home() -> Path:
     """`$LOWMEM_HOME`, or `~/.cache/lowmem`; it need not exist yet."""
     chosen = os.environ.get("LOWMEM_HOME")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "lowmem"
+    return Path(os.path.expanduser(chosen)) if chosen else Path.home() / ".cache" / "lowmem"
 
 
 def write_whole(path: Path, content: bytes) -> None:

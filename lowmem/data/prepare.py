@@ -4,6 +4,7 @@ prepare("books/", tokenizer, Path("books-tokens"))           a folder of one's o
 corpus_for(DataConfig(source="books/"), vocab_size=32000)    the same, once, in the cache
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def corpus_for(
     Prepared shards are opened where they are; anything else is prepared once, into the cache,
     and again when its files, the tokenizer or an option changes.
     """
-    folder = Path(config.source).expanduser()
+    folder = Path(os.path.expanduser(config.source))
     if config.source not in ("sample", "c4") and is_corpus(folder):
         corpus = open_corpus(folder)
         _check_tokenizer(corpus, config.tokenizer)
@@ -93,10 +94,11 @@ def _described(source: str) -> tuple[Sequence[Input], dict[str, Any]]:
     """The input files of a source other than c4, and what the manifest says about them."""
     if source == "sample":
         return sample_source()
-    if is_corpus(Path(source).expanduser()):
+    if is_corpus(Path(os.path.expanduser(source))):
         raise DataError(f"{source} is prepared already", "", f"use it as it is: --data {source}")
+    inputs = find_inputs(source)
     layout = "allenai/c4, only en/" if is_c4_copy(source) else "files"
-    return find_inputs(source), {"kind": "files", "layout": layout}
+    return inputs, {"kind": "files", "layout": layout}
 
 
 def _bounded(options: Options) -> Options:

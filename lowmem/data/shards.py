@@ -8,16 +8,27 @@ the end token; `*-counts.bin` how often each id occurs (int64); the tokenizer's 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from lowmem.data.tokenizer import Tokenizer, load_tokenizer
-from lowmem.errors import DataError
+from lowmem.errors import DataError, plain, short
 
 FORMAT = "lowmem tokens"
 SCHEMA_VERSION = 1
@@ -38,16 +49,23 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class TokenStream:
     """The tokens of one split as one long sequence; memory-mapped, nothing is loaded."""
 
-    def __init__(self, folder: Path, split: dict[str, Any], dtype: np.dtype[Any]) -> None:
-        """split: the manifest's entry."""
+    def __init__(
+        self, folder: Path, split: dict[str, Any], dtype: np.dtype[Any], largest_id: int = 2**32
+    ) -> None:
+        """split: the manifest's entry. largest_id: that occurs in the corpus."""
+        self._folder, self._largest_id = folder, largest_id
         self.tokens: int = split["tokens"]
         self.documents: int = split["documents"]
         self._counts_file = folder / split["counts"]
+        self._files = [s["file"] for s in split["shards"]]
         self._maps = [np.memmap(folder / s["file"], dtype, "r") for s in split["shards"]]
         self._starts = np.cumsum([0] + [s["tokens"] for s in split["shards"]])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) as (count,) int64, across the borders of shards."""
+        """Tokens [start, start + count) as (count,) int64, across the borders of shards.
+
+        DataError: ids that the corpus cannot hold, which would index outside of the embedding.
+        """
         if start < 0 or count < 0 or start + count > self.tokens:
             raise ValueError(f"tokens {start} to {start + count} of a stream of {self.tokens}")
         out = np.empty(count, np.int64)
@@ -59,12 +77,27 @@ class TokenStream:
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
+        if count and int(out.max()) > self._largest_id:
+            raise DataError(
+                f"a shard of {self._folder} is damaged: it holds id {out.max()}",
+                f"{MANIFEST} says that {self._largest_id} is the largest",
+                f"lowmem data verify {self._folder} names the file; {REBUILD}",
+            )
         return out
+
+    def place(self, token: int) -> tuple[str, int]:
+        """(file, number of the token in it) of a token of the stream."""
+        shard = int(np.searchsorted(self._starts, token, side="right")) - 1
+        return self._files[shard], token - int(self._starts[shard])
 
     @cached_property
     def counts(self) -> np.ndarray:
         """How often each id occurs: (tokenizer's vocab_size,) int64."""
-        return np.fromfile(self._counts_file, "<i8")
+        counts = np.fromfile(self._counts_file, "<i8")
+        if counts.min() < 0 or counts.max() > self.tokens or counts.sum() != self.tokens:
+            why = f"its counts are not those of {self.tokens} tokens"
+            raise DataError(f"{self._counts_file} is damaged", why, REBUILD)
+        return counts
 
     def unigram_loss(self, training: "TokenStream | None" = None) -> float:
         """Loss in nats per token of a model that knows only how frequent each token is.
@@ -94,7 +127,11 @@ class Corpus:
         return int(self.manifest["tokenizer"]["vocab_size"])
 
     def tokenizer(self) -> Tokenizer:
-        """The copy that the corpus keeps."""
+        """The copy that the corpus keeps; read once, for every save asks for it."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(str(self.folder))
 
 
@@ -104,7 +141,7 @@ def is_corpus(folder: Path) -> bool:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
     except OSError:
         return False
-    except ValueError:
+    except (ValueError, RecursionError):
         return any(folder.glob("*-counts.bin"))
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
@@ -115,20 +152,16 @@ def open_corpus(folder: Path) -> Corpus:
     Sizes are checked, contents are not: that is `verify_corpus`.
     """
     manifest = _read_manifest(folder)
-    try:
-        dtype = np.dtype(manifest["dtype"])
-        for file, expected in _files(manifest):
-            _check_size(folder / file, expected)
-        streams = {
-            name: TokenStream(folder, split, dtype)
-            for name, split in manifest["splits"].items()
-            if split["tokens"]
-        }
-        fingerprint = _fingerprint(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / MANIFEST} lacks or misuses {error}", "", REBUILD) from error
-    train, validation = (streams.get(name) for name in SPLITS)
-    return Corpus(folder, manifest, train, validation, fingerprint)
+    for file, expected in _files(manifest):
+        _check_size(folder / file, expected)
+    vocab_size = manifest["tokenizer"]["vocab_size"]
+    train, validation = (
+        TokenStream(folder, split, token_dtype(vocab_size), manifest["largest_id"])
+        if (split := manifest["splits"][name])["tokens"]
+        else None
+        for name in SPLITS
+    )
+    return Corpus(folder, manifest, train, validation, _fingerprint(manifest))
 
 
 @dataclass(frozen=True)
@@ -162,21 +195,89 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         why = "a corpus is a folder that `lowmem data prepare` has finished"
-        raise DataError(f"no {MANIFEST} in {folder}", why, REBUILD) from error
-    except (OSError, ValueError) as error:
+        fix = "give the folder that `lowmem data prepare TEXT --out FOLDER` has made"
+        raise DataError(f"no {MANIFEST} in {folder}", why, fix) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}", str(error), REBUILD) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of lowmem's token shards", "", REBUILD)
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         why = f"this lowmem reads schema_version {SCHEMA_VERSION}"
-        raise DataError(f"{path} has schema_version {version!r}", why, REBUILD)
+        raise DataError(f"{path} has schema_version {short(repr(version))}", why, REBUILD)
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "its numbers"
+        raise DataError(
+            f"{path} lacks or misuses {short(key)!r}", plain(problem["msg"]), REBUILD
+        ) from None
     return manifest
+
+
+def _own_file(name: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}", name):
+        raise ValueError(f"{short(name)!r} is no file of the corpus' own folder")
+    return name
+
+
+_FileName = Annotated[str, AfterValidator(_own_file)]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Shard(_Entry):
+    file: _FileName
+    tokens: PositiveInt
+    sha256: _Sha256
+
+
+class _SplitEntry(_Entry):
+    tokens: NonNegativeInt
+    documents: NonNegativeInt
+    shards: list[_Shard]
+    counts: _FileName
+    counts_sha256: _Sha256
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> Self:
+        if sum(shard.tokens for shard in self.shards) != self.tokens:
+            raise ValueError(f"its shards do not hold {self.tokens} tokens together")
+        return self
+
+
+class _TokenizerEntry(_Entry):
+    name: str
+    fingerprint: _Sha256
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    end_id: NonNegativeInt
+
+
+class _Manifest(_Entry):
+    dtype: Literal["<u2", "<u4"]
+    tokenizer: _TokenizerEntry
+    largest_id: Annotated[int, Field(ge=-1)]
+    splits: dict[Split, _SplitEntry]
+    source: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Self:
+        if self.splits.keys() != set(SPLITS):
+            raise ValueError(f"splits must be {' and '.join(SPLITS)}")
+        if self.dtype != token_dtype(self.tokenizer.vocab_size).str:
+            raise ValueError(f"dtype {self.dtype} does not suit the vocabulary")
+        if self.largest_id >= self.tokenizer.vocab_size:
+            raise ValueError(f"largest_id {self.largest_id} is outside of the vocabulary")
+        return self
 
 
 def _files(manifest: dict[str, Any]) -> Iterator[tuple[str, int | None]]:
     """(name, expected bytes) of everything the manifest promises; None: any size."""
-    width = np.dtype(manifest["dtype"]).itemsize
+    width = token_dtype(manifest["tokenizer"]["vocab_size"]).itemsize
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             yield shard["file"], shard["tokens"] * width

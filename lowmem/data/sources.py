@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowmem.data.shards import PIECES, Split, is_corpus
-from lowmem.errors import DataError, HardwareError
+from lowmem.errors import DataError, HardwareError, short
 from lowmem.units import MIB, format_bytes
 
 MAX_LINE_BYTES = 64 * MIB
@@ -52,11 +52,11 @@ def find_inputs(source: str) -> list[Input]:
     only en/ is taken: its other folders hold the same documents again. A file belongs to the
     validation part if one word of its name or of its folders' inside the source says so.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source))  # os.path, because pathlib raises for odd names
+    if not os.path.exists(path):
         why = '--data is "sample", "c4" or a path to text, JSON lines, parquet or prepared shards'
-        raise DataError(f"{source} does not exist", why, "check --data")
-    if path.is_file():
+        raise DataError(f"{short(source)} does not exist", why, "check --data")
+    if os.path.isfile(path):
         found = [path] if path.name.endswith(SUFFIXES) else []
     else:
         found = sorted(path.glob(C4_FILES)) or [p for p in path.rglob("*") if _is_text(p, path)]
@@ -72,7 +72,7 @@ def find_inputs(source: str) -> list[Input]:
 
 def is_c4_copy(source: str) -> bool:
     """Whether `find_inputs` took only en/ of this folder."""
-    return any(Path(source).expanduser().glob(C4_FILES))
+    return any(Path(os.path.expanduser(source)).glob(C4_FILES))
 
 
 def _as_input(path: Path, root: Path) -> Input:

@@ -6,16 +6,19 @@ special token is added, and nothing is cut although the file may ask for truncat
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from lowmem.data.hub import hub_file
-from lowmem.errors import DataError
+from lowmem.errors import DataError, short
 
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 """Names of the end token, for files that do not say which one it is."""
+
+_LARGEST_VOCABULARY = 2**24
 
 
 class Tokenizer:
@@ -37,6 +40,12 @@ class Tokenizer:
         self._encoder.no_truncation()
         self._encoder.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > _LARGEST_VOCABULARY:
+            raise DataError(
+                f"tokenizer {name} has an id {self.vocab_size - 1:,}",
+                f"counts are kept for every id, up to {_LARGEST_VOCABULARY:,}",
+                "give --tokenizer an undamaged tokenizer.json",
+            )
         self.end_token = _end_token(self._tokenizer, config, name)
         self.end_id = self._tokenizer.get_vocab(with_added_tokens=True)[self.end_token]
 
@@ -54,30 +63,37 @@ class Tokenizer:
         return self._tokenizer.decode(ids)
 
     def save(self, folder: Path) -> None:
-        """Write the two files that `transformers.AutoTokenizer.from_pretrained` needs."""
+        """Write the files of `files` into a folder, which is made where it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
+
+    def files(self) -> dict[str, bytes]:
+        """The two files that `transformers.AutoTokenizer.from_pretrained` needs, by name."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token}
         config |= self._config
-        # Bytes, not text: the fingerprint of the copy must be this one.
-        (folder / "tokenizer.json").write_bytes(self._text.encode())
-        (folder / "tokenizer_config.json").write_bytes((json.dumps(config, indent=2)).encode())
+        return {
+            # Bytes, not text: the fingerprint of the copy must be this one.
+            "tokenizer.json": self._text.encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        }
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer of a folder, of a tokenizer.json, or of a model on the Hugging Face hub."""
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(spec))  # os.path, because pathlib raises for odd names
+    if os.path.isdir(path):
         path /= "tokenizer.json"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(
                 f"no tokenizer.json in {spec}",
                 "lowmem reads the format of the `tokenizers` library",
                 "convert: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
             )
-    if path.is_file():
+    if os.path.isfile(path):
         return _read(path, path.with_name("tokenizer_config.json"), _name(path))
     if path.is_absolute() or spec.startswith((".", "~")) or path.suffix in (".json", ".model"):
-        raise DataError(f"tokenizer {spec} does not exist", "", "check --tokenizer")
+        raise DataError(f"tokenizer {short(spec)} does not exist", "", "check --tokenizer")
     return _from_hub(spec)
 
 
@@ -101,9 +117,9 @@ def _read(path: Path, config_path: Path, name: str) -> Tokenizer:
     try:
         config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
         return Tokenizer(path.read_bytes().decode(), config, name)
-    except DataError:
+    except (DataError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # `tokenizers` raises bare Exception
+    except BaseException as error:  # `tokenizers` raises bare Exception, and PyO3's panics are none
         raise DataError(
             f"cannot read the tokenizer {path}",
             f"{type(error).__name__}: {error}",

@@ -10,6 +10,7 @@ write_floats(Path("checkpoint"), Path("export"))       # from codes what AutoMod
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,9 @@ from lowmem.tensorfile import Pending, read_tensor, read_tensors, tensor_names, 
 
 WEIGHTS = "model.safetensors"
 CODES = "lowmem-int8.safetensors"  # weights of a model in codes
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors")
 INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}  # transformers refuses files without it
 
 
 class SavedTokenizer(Protocol):
@@ -42,26 +45,49 @@ class SavedTokenizer(Protocol):
     @property
     def end_id(self) -> int: ...
 
-    def save(self, folder: Path) -> None: ...
+    def files(self) -> dict[str, bytes]: ...
 
 
 def save_folder(model: Llama, folder: Path, tokenizer: SavedTokenizer | None = None) -> None:
     """Write config.json, generation_config.json and the weights, and the tokenizer's files.
 
-    The folder is made where it is missing. The end-of-document token becomes eos_token_id, so that
-    generation stops at it.
+    The folder is made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name, content in folder_files(model, tokenizer).items():
+        (folder / name).write_bytes(content)
+    name, metadata = weights_file(model)
+    write_tensors(folder / name, folder_weights(model), metadata)
+
+
+def folder_files(model: Llama, tokenizer: SavedTokenizer | None = None) -> dict[str, bytes]:
+    """Everything of a folder but the weights, by name.
+
+    The end-of-document token becomes eos_token_id, so that generation stops at it.
+    """
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
     config = model.config
     if tokenizer is not None:
         config = config.model_copy(update={"eos_token_id": tokenizer.end_id})
-    _write_json(folder / "config.json", huggingface_config(config, dtype))
-    _write_json(folder / "generation_config.json", huggingface_generation_config(config))
-    about = {"format": "lowmem-int8", "group": str(GROUP)} if model.int8 else {"format": "pt"}
-    write_tensors(folder / (CODES if model.int8 else WEIGHTS), model.state_dict().items(), about)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    files = {
+        "config.json": _json(huggingface_config(config, dtype)),
+        "generation_config.json": _json(huggingface_generation_config(config)),
+    }
+    return files | tokenizer.files() if tokenizer is not None else files
+
+
+def weights_file(model: Llama) -> tuple[str, dict[str, str]]:
+    """Name and metadata of the file that holds the weights."""
+    return (
+        (CODES, {"format": "lowmem-int8", "group": str(GROUP)})
+        if model.int8
+        else (WEIGHTS, METADATA)
+    )
+
+
+def folder_weights(model: Llama) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of what the file of the weights holds: codes where there are codes."""
+    return list(model.state_dict().items())
 
 
 def load_folder(
@@ -78,8 +104,10 @@ def load_folder(
     host memory. CheckpointError: a file, tensor or shape that does not match, by name; ConfigError:
     a config.json of another model.
     """
+    config = model_config_from_huggingface(_read_json(folder / "config.json"))
+    _require_size(folder, config)
     model = Llama(
-        model_config_from_huggingface(_read_json(folder / "config.json")),
+        config,
         dtype=dtype,
         device=device,
         int8=in_codes(folder),
@@ -180,6 +208,17 @@ def load_weights(model: Llama, folder: Path) -> None:
         raise _mismatch(folder, f"no tensor for {', '.join(sorted(missing)[:5])}")
 
 
+def _require_size(folder: Path, config: ModelConfig) -> None:
+    """CheckpointError for a config.json of a model that its files cannot hold.
+
+    Found before the model is made: a damaged number must not take all the memory there is.
+    """
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if 0 < held < config.parameters:  # a weight takes a byte at least
+        needed = f"{config.parameters:,} weights, the files have {held:,} bytes"
+        raise _mismatch(folder, f"config.json describes {needed}")
+
+
 def _may_be_skipped(name: str, config: ModelConfig) -> bool:
     """A second copy of a tied head, and rotary tables that old versions of transformers stored."""
     tied = config.tie_word_embeddings and name == "lm_head.weight"
@@ -191,7 +230,7 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if in_codes(folder):
         files = [CODES]
     elif (folder / INDEX).exists():
-        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        files = _indexed(folder / INDEX)
     else:
         files = [WEIGHTS]
     for file in files:
@@ -204,6 +243,19 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield from read_tensors(folder / file)
 
 
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names, each in its own folder; CheckpointError for anything else."""
+    table = _read_json(index).get("weight_map")
+    names = list(table.values()) if isinstance(table, dict) else []
+    if not names or not all(isinstance(name, str) and _FILE.fullmatch(name) for name in names):
+        raise CheckpointError(
+            f"{index} has no weight_map of tensors to .safetensors files beside it",
+            "weights are read from the model's own folder only",
+            "copy the whole folder again",
+        )
+    return sorted(set(names))
+
+
 def _mismatch(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{what} in {folder}",
@@ -214,16 +266,21 @@ def _mismatch(folder: Path, what: str) -> CheckpointError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing", "a Hugging Face folder holds it", "give the model's folder"
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no JSON: {error}", "the file is damaged", "copy the folder again"
         ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} is no JSON object", "the file is damaged", "copy the folder again"
+        )
+    return content
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def _json(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

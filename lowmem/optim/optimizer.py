@@ -271,6 +271,15 @@ class Optimizer:
             if slot.kept is not None:
                 self.apply(name)
 
+    def discard(self) -> None:
+        """Drop what is kept, so that this update makes no step.
+
+        Weights and moments are as before it, but in `fused` mode. A subspace that was chosen from
+        the first micro-batch is chosen again in the next update, for no counter has moved.
+        """
+        for slot in self.slots.values():
+            slot.kept = None
+
     def diagnostics(self) -> dict[str, float]:
         """What methods note of themselves, over all weights: kept_bases summed, others averaged.
 

@@ -24,6 +24,7 @@ from lowmem.planner.plan import Card, Rates
 from lowmem.planner.workspaces import CONTEXT, HOST_MARGIN, MARGIN, OTHERS
 from lowmem.units import GIB, MIB, format_bytes, parse_bytes
 
+_LONGEST_NAME = 60  # letters; the search for neighbours takes quadratic time
 _LARGEST = 1024 * GIB  # more is a slip of the unit
 
 _CLASS = re.compile(r"\s*([0-9]{1,5}(?:\.[0-9]+)?)\s*gb\s*", re.IGNORECASE)
@@ -58,6 +59,16 @@ def find_card(gpu: str, device: str) -> Card:
     """
     if gpu.strip().lower() == "auto":
         return _host_card() if device == "cpu" or not _has_cuda(device) else _measured_card()
+    return _named_card(gpu)
+
+
+def check_card(gpu: str) -> None:
+    """ConfigError unless `gpu` is "auto" or names a card; nothing is measured."""
+    if gpu.strip().lower() != "auto":
+        _named_card(gpu)
+
+
+def _named_card(gpu: str) -> Card:
     if match := _CLASS.fullmatch(gpu):
         return _checked(_class_card(float(match[1])), gpu)
     if _BARE.fullmatch(gpu):
@@ -105,7 +116,8 @@ def card_facts(name: str) -> CardFacts:
             f"known are {', '.join(names)}",
             f'gpu = "{names[0]}"',
         )
-    near = [known[key].name for key in difflib.get_close_matches(word, known, n=3)]
+    close = difflib.get_close_matches(word[:_LONGEST_NAME], known, n=3)
+    near = [known[key].name for key in close]
     fix = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else 'gpu = "24GB"'
     raise ConfigError(f"gpu = {name!r}: no such card is known", _FORMS, fix)
 

@@ -5,78 +5,110 @@ checkpoints/step-001000/
                         of weights in codes one that only lowmem reads, see model/huggingface.py
     optimizer/          state.safetensors, key "<parameter>/<state key>"
     state.json          counters of the states, update, tokens, hash of the next batch
-    manifest.json       every other file with size and sha256
+    manifest.json       every other file with size and sha256, and its own sha256
 
-There is no generator to save: all randomness is a function of (seed, name, counter).
+Written under a temporary name, every file and folder synced, renamed, then named in `latest`: what
+has its final name is complete. There is no generator to save: all randomness is a function of
+(seed, name, counter). See docs/checkpoints.md.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem import __version__
 from lowmem.data.batches import Batches
+from lowmem.data.cache import sync_folder
 from lowmem.data.shards import Corpus
-from lowmem.errors import CheckpointError, DataError
+from lowmem.errors import CheckpointError, ConfigError, DataError, short
 from lowmem.model.huggingface import (
     CODES,
     WEIGHTS,
+    folder_files,
+    folder_weights,
     in_codes,
     load_weights,
-    save_folder,
+    weights_file,
     write_floats,
 )
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
-from lowmem.tensorfile import read_tensors, sha256_of, write_tensors
-from lowmem.train.run import Run
+from lowmem.tensorfile import read_tensors, sha256_of, stays_inside, write_tensors
+from lowmem.train.retention import superseded
+from lowmem.train.run import MANIFEST, REPLACED, Run, complete_in, update_of
+from lowmem.train.snapshot import Position, Snapshot, TensorFile
 
 SCHEMA_VERSION = 1
-MANIFEST, STATE, STATES = "manifest.json", "state.json", Path("optimizer", "state.safetensors")
-NEEDED = ("model/config.json", STATES.as_posix(), STATE)  # and the weights, as floats or codes
+STATE, STATES = "state.json", "optimizer/state.safetensors"
+NEEDED = ("model/config.json", STATES, STATE)  # and the weights, as floats or codes
 ABOUT = "lowmem.json"  # what a model folder says of its training; transformers ignores it
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: updates done and target tokens seen."""
-
-    update: int = 0
-    tokens: int = 0
-
-
-def save(
+def capture(
     run: Run, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus, at: Position
-) -> Path:
-    """Write the checkpoint of `at` and make it the newest; older ones beyond `keep` go.
-
-    Written under a temporary name, synced, renamed: what has its final name is complete.
-    """
-    final = run.folder / "checkpoints" / f"step-{at.update:06d}"
-    work = final.with_name(f".tmp-{final.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    save_folder(model, work / "model", corpus.tokenizer())
-    _write_json(work / "model" / ABOUT, _about(run, at))
-    (work / STATES).parent.mkdir()
-    write_tensors(work / STATES, list(optimizer.state_tensors()))
+) -> Snapshot:
+    """The content of the checkpoint of `at`; its tensors are the live ones, not copies."""
+    files = folder_files(model, corpus.tokenizer())
+    files[ABOUT] = _json(_about(run, at))
     state = {
         "schema_version": SCHEMA_VERSION,
         "lowmem": __version__,
         "update": at.update,
         "tokens": at.tokens,
+        "carried": at.carried,
         "optimizer_updates": optimizer.updates,
         "numbers": optimizer.state_numbers(),
         "corpus": corpus.fingerprint,
         "next_batch": batches.of(at.update).digest(),
     }
-    _write_json(work / STATE, state)
-    _write_manifest(work)
-    _publish(work, final, run)
-    _prune(run, final)
+    weights, metadata = weights_file(model)
+    return Snapshot(
+        at,
+        {f"model/{name}": content for name, content in files.items()} | {STATE: _json(state)},
+        {
+            f"model/{weights}": TensorFile(folder_weights(model), metadata),
+            STATES: TensorFile(list(optimizer.state_tensors())),
+        },
+    )
+
+
+def save(
+    run: Run, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus, at: Position
+) -> Path:
+    """Write the checkpoint of `at` at once; see `write`."""
+    return write(run, capture(run, model, optimizer, batches, corpus, at))
+
+
+def write(run: Run, snapshot: Snapshot) -> Path:
+    """Write a checkpoint and make it the newest; those that nobody needs any more go.
+
+    OSError: the disk. Then nothing is left of it, and what was there before still is.
+    """
+    final = run.checkpoints / f"step-{snapshot.at.update:06d}"
+    work = final.with_name(f".tmp-{final.name}")
+    tidy(run)
+    try:
+        _write_files(work, snapshot)
+        _publish(work, final)
+    except OSError:
+        shutil.rmtree(work, ignore_errors=True)  # a full disk needs the room
+        raise
+    run.point_at(final.name)
+    _prune(run, snapshot.at)
     return final
+
+
+def tidy(run: Run) -> None:
+    """Remove what a crash left half written; give a replaced checkpoint its name back."""
+    for left in run.checkpoints.glob(".tmp-*"):
+        final = left.with_name(left.name.removeprefix(REPLACED))
+        if left.name.startswith(REPLACED) and not final.exists():
+            left.rename(final)
+        else:
+            shutil.rmtree(left)
 
 
 def _about(run: Run, at: Position) -> dict[str, Any]:
@@ -84,71 +116,113 @@ def _about(run: Run, at: Position) -> dict[str, Any]:
     return {"lowmem": __version__, "update": at.update, "data": data}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content).encode()
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_files(folder: Path, snapshot: Snapshot) -> None:
+    """Every file, synced, its sha256 taken from what is written; the manifest is the last."""
+    sums = {}
+    for name in [*snapshot.files, *snapshot.tensors]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, content in snapshot.files.items():
+        sums[name] = _write_bytes(folder / name, content)
+    for name, file in snapshot.tensors.items():
+        sums[name] = write_tensors(folder / name, file.tensors, file.metadata)
     files = {
-        path.relative_to(folder).as_posix(): {
-            "size": path.stat().st_size,
-            "sha256": sha256_of(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        name: {"size": (folder / name).stat().st_size, "sha256": sums[name]}
+        for name in sorted(sums)
     }
-    _write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, "files": files})
+    _write_bytes(
+        folder / MANIFEST, _json(signed({"schema_version": SCHEMA_VERSION, "files": files}))
+    )
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_folder(path)
 
 
-def _publish(work: Path, final: Path, run: Run) -> None:
-    """Sync everything, give it its name, then point `latest` at it."""
-    for path in [*work.rglob("*"), work]:
-        _sync(path)
+def _write_bytes(path: Path, content: bytes) -> str:
+    """Write and sync a small file; its sha256."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def signed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the sha256 of its own content, so that its bits are guarded too."""
+    content = json.dumps(manifest, sort_keys=True).encode()
+    return manifest | {"sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _publish(work: Path, final: Path) -> None:
+    """Give a complete checkpoint its name, in the place of an older one if need be."""
+    old = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # a run that was continued from an earlier checkpoint comes by again
-        old = final.with_name(f".tmp-old-{final.name}")
-        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-    work.rename(final)
-    _sync(final.parent)
-    run.point_at(final.name)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        work.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+    sync_folder(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
 
 
-def _prune(run: Run, newest: Path) -> None:
-    """Remove what is older than the newest `keep`; later ones belong to an abandoned future."""
-    older = [path for path in _in_order(newest.parent) if _number(path) < _number(newest)]
-    for path in older[: max(0, len(older) - run.config.checkpoint.keep + 1)]:
-        path.rename(path.with_name(f".tmp-{path.name}"))  # what has its final name is complete
-    for path in newest.parent.glob(".tmp-*"):
-        shutil.rmtree(path)
+def _prune(run: Run, at: Position) -> None:
+    """Remove what is older than `at` and superseded; later ones belong to an abandoned future."""
+    config = run.config.checkpoint
+    by_update = {update_of(path): path for path in run.complete()}
+    best = at.carried.get("best", {}).get("update") if config.keep_best else None
+    older = [update for update in by_update if update < at.update]
+    reach = run.config.guard.reach
+    for update in superseded(older, at.update, config, best=best, reach=reach):
+        path = by_update[update]
+        gone = path.with_name(f".tmp-{path.name}")  # what has its final name is complete
+        path.rename(gone)
+        shutil.rmtree(gone)
 
 
-def _in_order(checkpoints: Path) -> list[Path]:
-    """Checkpoints by the number of updates done."""
-    return sorted(checkpoints.glob("step-*"), key=_number)
+def newest_until(run: Run, update: int) -> Path | None:
+    """The newest checkpoint of at most so many updates; None: there is none."""
+    return next((path for path in reversed(run.complete()) if update_of(path) <= update), None)
 
 
-def _number(checkpoint: Path) -> int:
-    digits = checkpoint.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else -1
+def newest_intact(run: Run, before: Path) -> Path:
+    """The newest checkpoint older than `before` that is intact. CheckpointError: none is."""
+    older = [path for path in run.complete() if update_of(path) < update_of(before)]
+    for path in reversed(older):
+        try:
+            verify(path)
+        except CheckpointError:
+            continue
+        return path
+    raise CheckpointError(
+        f"no intact checkpoint is older than {before}",
+        f"{len(older)} older ones were looked at",
+        "restore the damaged file from a copy, or begin a new run",
+    )
 
 
 def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its manifest; CheckpointError names the first."""
-    files = _read_json(folder / MANIFEST).get("files")
+    manifest = _read_json(folder / MANIFEST)
+    files = manifest.get("files")
     if not isinstance(files, dict) or not set(NEEDED) <= set(files):
         raise _damaged(folder, f"{folder / MANIFEST} does not list {', '.join(NEEDED)}")
     if not {f"model/{WEIGHTS}", f"model/{CODES}"} & set(files):
         raise _damaged(folder, f"{folder / MANIFEST} lists neither {WEIGHTS} nor {CODES}")
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    if manifest != signed(content):
+        raise _damaged(folder, f"{folder / MANIFEST} is damaged: its sha256 is not its own")
     for name, expected in files.items():
         path = folder / name
+        if not stays_inside(name):
+            raise _damaged(
+                folder, f"{folder / MANIFEST} names {short(name)}, outside of its folder"
+            )
         if not isinstance(expected, dict) or not {"size", "sha256"} <= set(expected):
             raise _damaged(folder, f"{folder / MANIFEST} does not say size and sha256 of {name}")
         if not path.is_file():
@@ -176,9 +250,10 @@ def restore(
             f"this lowmem {__version__} reads version {SCHEMA_VERSION}",
             f"use lowmem {state.get('lowmem')}",
         )
+    _check_state(folder, state)
     load_weights(model, folder / "model")
     optimizer.restore(read_tensors(folder / STATES), state["numbers"], state["optimizer_updates"])
-    at = Position(state["update"], state["tokens"])
+    at = Position(state["update"], state["tokens"], state["carried"])
     if batches.of(at.update).digest() != state["next_batch"]:
         raise DataError(
             f"the batch of update {at.update} is not the one that {folder} expects",
@@ -188,30 +263,65 @@ def restore(
     return at
 
 
+_STATE_TYPES = {
+    "update": int,
+    "tokens": int,
+    "optimizer_updates": int,
+    "numbers": dict,
+    "carried": dict,
+    "corpus": str,
+    "next_batch": str,
+}
+
+
+def _check_state(folder: Path, state: dict[str, Any]) -> None:
+    """CheckpointError for a state.json that the manifest vouches for and that makes no sense."""
+    for key, kind in _STATE_TYPES.items():
+        value = state.get(key)
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**62):
+            shown = short(repr(value))
+            raise _damaged(folder, f"{folder / STATE} has {key} = {shown}, which it never writes")
+    for name, numbers in state["numbers"].items():
+        if not isinstance(numbers, dict) or not all(
+            type(n) in (int, float) for n in numbers.values()
+        ):
+            raise _damaged(folder, f"{folder / STATE} has no counters for {short(name)}")
+
+
 def model_folder(path: Path) -> Path:
     """The Hugging Face folder that a path to weights means, verified where it has a manifest.
 
     path: a run (its newest checkpoint), a checkpoint, or such a folder. CheckpointError: none.
     """
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):  # pathlib raises where a name is too long
         return path
-    checkpoint = path if (path / MANIFEST).is_file() else Run.open(path).latest()
+    checkpoint = path if os.path.isfile(path / MANIFEST) else Run.open(path).latest()
     verify(checkpoint)
     return checkpoint / "model"
 
 
 def export(path: Path, out: Path) -> None:
-    """Copy the Hugging Face folder of a run or checkpoint to `out`, verified; codes as floats."""
+    """Copy the Hugging Face folder of a run or checkpoint to `out`, verified; codes as floats.
+
+    ConfigError: `out` cannot be written.
+    """
     folder = model_folder(path)
-    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CODES))
-    if in_codes(folder):
-        write_floats(folder, out)
+    try:
+        shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CODES))
+        if in_codes(folder):
+            write_floats(folder, out)
+    except (OSError, shutil.Error) as error:
+        raise ConfigError(
+            f"{short(str(out))} cannot be written",
+            short(str(error), 300),
+            "give a new folder in a place you may write to, with room for the weights",
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path.parent, f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise _damaged(path.parent, f"{path} is no JSON object")
@@ -219,8 +329,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _damaged(folder: Path, what: str) -> CheckpointError:
-    older = [p for p in _in_order(folder.parent) if _number(p) < _number(folder)]
     fix = "restore the file from a copy"
+    older = [path for path in complete_in(folder.parent) if update_of(path) < update_of(folder)]
     if older:
-        fix = f"continue from an older one: lowmem resume {older[-1]}"
+        run = folder.parent.parent
+        fix = (
+            f"continue from an older one: lowmem resume {older[-1]}\n"
+            f"or from the newest of them that is intact: lowmem resume {run} --from previous"
+        )
     return CheckpointError(what, "a checkpoint is used whole or not at all", fix)

@@ -75,10 +75,68 @@ class Diagnosed:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """What saving will need, in bytes. checkpoint: one; kept: how many stand on the disk at most.
+
+    host_copy: memory that holds a checkpoint while it is written behind the training; 0: training
+    waits for the disk, for the reason `why`.
+    """
+
+    checkpoint: int
+    kept: int
+    free: int
+    host_copy: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Saved:
+    """blocked: seconds that training stood still for it."""
+
     update: int  # updates done
     path: str
     bytes: int
+    seconds: float
+    blocked: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An update without a step, and what its sequences were: "FILE at TOKEN" each.
+
+    made: weights had moved all the same (`fused` mode). why: of a batch that was never computed,
+    the rollback that left it out.
+    """
+
+    update: int
+    why: str
+    made: bool
+    sequences: list[str]
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """The run begins again at `update`, and will leave out the batches first to last."""
+
+    update: int
+    why: str
+    first: int
+    last: int
+    number: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Paused:
+    """The run waits: for room on the disk, or for the removal of the file PAUSE."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The wait is over."""
+
     seconds: float
 
 
@@ -119,7 +177,7 @@ class Grown:
 
 @dataclass(frozen=True)
 class Stopping:
-    """A signal arrived; the update is finished, saved, and the run ends."""
+    """A signal or the file STOP arrived; the update is finished, saved, and the run ends."""
 
     signal: str
 
@@ -137,7 +195,21 @@ class Finished:
 
 
 Metric = Trained | Evaluated | Diagnosed
-Event = Metric | Started | Assigned | Saved | Measured | Grown | Stopping | Finished
+Event = (
+    Metric
+    | Started
+    | Assigned
+    | Storage
+    | Saved
+    | Measured
+    | Grown
+    | Skipped
+    | RolledBack
+    | Paused
+    | Continued
+    | Stopping
+    | Finished
+)
 Report = Callable[[Event], None]
 
 

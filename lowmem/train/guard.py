@@ -1,38 +1,74 @@
-"""What can happen to a run from outside or within: signals, and a loss that is no number."""
+"""What asks a run to stop, save or wait from outside: signals, and files in its folder.
 
-import math
+touch RUN/SAVE    a checkpoint after this update
+touch RUN/STOP    the same, and the run ends (exit 75), as after a signal
+touch RUN/PAUSE   the run waits after this update until the file is removed
+"""
+
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
-from lowmem.errors import DivergedError, OutOfMemoryError, Stopped
+from lowmem.errors import OutOfMemoryError, Stopped
 from lowmem.phases import phases_of, sentence
 
+_POLL_SECONDS = 0.5
 _RESUME = "close what else uses the card and resume, or train with a smaller --micro-batch"
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and how."""
+    """Whether somebody asked the run to stop, and how.
 
-    def __init__(self) -> None:
+    signal: its name, or "STOP" for the file of that name in `folder`.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self.signal: str | None = None
+        self._folder = folder
 
     def __bool__(self) -> bool:
+        if self.signal is None and self._consumed("STOP"):
+            self.signal = "STOP"
         return self.signal is not None
+
+    def save_asked(self) -> bool:
+        """Whether the file SAVE was there; it is gone then."""
+        return self._consumed("SAVE")
+
+    @property
+    def paused(self) -> bool:
+        """Is the file PAUSE there?"""
+        return self._folder is not None and (self._folder / "PAUSE").exists()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long, or until the run is asked to stop: then True."""
+        end = time.monotonic() + seconds
+        while not self and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _POLL_SECONDS))
+        return bool(self)
+
+    def _consumed(self, name: str) -> bool:
+        if self._folder is None or not (self._folder / name).exists():
+            return False
+        (self._folder / name).unlink(missing_ok=True)
+        return True
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(folder: Path | None = None) -> Iterator[StopRequest]:
     """Turn the first SIGINT, SIGTERM or SIGUSR1 into a request; a later SIGINT interrupts at once.
 
-    Signals can only be handled in the main thread; elsewhere requests never come.
+    folder: where STOP, SAVE and PAUSE are looked for. Signals can only be handled in the main
+    thread; elsewhere only the files are heard.
     """
-    request = StopRequest()
+    request = StopRequest(folder)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request and number == signal.SIGINT:
+        if request.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal = signal.Signals(number).name
 
@@ -50,20 +86,21 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def stopped_while_loading(run: str) -> Iterator[None]:
-    """Until the loop takes over, a signal ends a resumed run as it would end a running one.
+class _Signalled(BaseException):
+    """No Exception: who tries to import something optional would take it for a failure."""
 
-    Nothing has changed yet, so there is nothing to save.
+
+@contextmanager
+def stopped_before_it_began() -> Iterator[None]:
+    """Until the loop takes over, SIGTERM and SIGUSR1 end a command with a word and exit code 75.
+
+    Nothing of a run has changed by then, so there is nothing to save.
     """
+    heard: list[str] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        raise Stopped(
-            f"stopped by {name} before the first update; nothing has changed",
-            "the run was still loading",
-            f"lowmem resume {run}",
-        )
+        heard.append(signal.Signals(number).name)
+        raise _Signalled
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     try:
@@ -73,6 +110,15 @@ def stopped_while_loading(run: str) -> Iterator[None]:
         return
     try:
         yield
+    except BaseException:
+        if not heard:
+            raise
+        # Whatever it has become on its way: Python itself turns it into a RuntimeError in places.
+        raise Stopped(
+            f"stopped by {heard[0]}; no update was under way",
+            "nothing of a run has changed",
+            "the same command again",
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -98,16 +144,4 @@ def told_out_of_memory(describe: Callable[[], tuple[str, str]] | None = None) ->
         f"the device ran out of memory although the plan fitted, {where}",
         f"{reason}\n{more}" if more else reason,
         f"{_RESUME}\n{helps}" if helps else _RESUME,
-    )
-
-
-def require_finite(update: int, loss: float, norm: float, mode: str) -> None:
-    """DivergedError if the loss or the gradient norm is not finite; call before the step."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    made = "weights changed during backward" if mode == "fused" else "the update was not made"
-    raise DivergedError(
-        f"update {update}: loss {loss}, gradient norm {norm}",
-        f"a number that is not finite; {made}, and nothing was saved after it",
-        "a new run with a lower --lr, or with --clip",
     )

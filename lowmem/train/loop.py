@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,96 +16,193 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, WeightFormat, settled
 from lowmem.data.batches import Batches, UpdateBatch
 from lowmem.data.shards import Corpus, TokenStream
-from lowmem.errors import DataError, HardwareError, Stopped
+from lowmem.errors import DataError, DivergedError, HardwareError, Stopped
 from lowmem.kernels.attention import choose_backend
+from lowmem.model.huggingface import folder_weights
 from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.plan import Plan
 from lowmem.train import checkpoint, diagnose
-from lowmem.train.checkpoint import Position
+from lowmem.train.disk import Patience, most_at_once, require_room
+from lowmem.train.divergence import (
+    LEFT_OUT,
+    Guard,
+    RollBack,
+    diverged,
+    not_finite,
+    sequences_of,
+)
 from lowmem.train.evaluate import evaluate, validation_of
 from lowmem.train.events import (
+    Continued,
     Evaluated,
-    Event,
     Finished,
+    Paused,
     Report,
-    Saved,
+    RolledBack,
+    Skipped,
     Started,
     Stopping,
+    Storage,
     Trained,
 )
-from lowmem.train.guard import require_finite, stop_requests, told_out_of_memory
+from lowmem.train.guard import StopRequest, stop_requests, told_out_of_memory
+from lowmem.train.lock import held
 from lowmem.train.measure import measured_peak, memory_bytes
 from lowmem.train.out_of_memory import out_of_memory_table
-from lowmem.train.run import Run
+from lowmem.train.run import Run, update_of
+from lowmem.train.saver import Saver, host_copy_of
 from lowmem.train.schedule import learning_rate
+from lowmem.train.snapshot import Position, Snapshot
 from lowmem.train.watch import Watch
+
+PAUSE_SECONDS = 1.0  # between two looks at the file PAUSE
 
 
 def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) -> Finished:
     """Train a new run, or continue one from its checkpoint, to its last update.
 
     plan: its peak is compared with that of the first update; a run that goes on has it in its
-    folder. Raises Stopped (exit 75) after a
-    signal, when everything is saved; DivergedError; DataError; CheckpointError.
+    folder. Raises Stopped (exit 75) after a signal or the file STOP, when everything is saved;
+    DivergedError; DataError; CheckpointError.
     """
-    config, began = run.config, time.perf_counter()
-    report = _recorded(run, report)
-    batches, validation = text_of(config, corpus)
-    with told_out_of_memory():
-        model, optimizer = build(config)
-        at = _begin(run, model, optimizer, batches, corpus)
-    run = replace(run, start=None)  # from here on the newest checkpoint is the one to name
-    updates, rows = settled(config.train.updates), settled(config.train.micro_batch)
+    began = time.perf_counter()
+    batches, validation = text_of(run.config, corpus)
+    planned = plan or run.plan()
+    with held(run.folder), stop_requests(run.folder) as stop, told_out_of_memory():
+        checkpoint.tidy(run)
+        disk = Patience(run, report, stop)
+        watch = Watch.over(planned, run.config.train.device)
+        storage = _storage(run)
+        task = _Task(run, corpus, batches, validation, plan, planned, watch, stop, disk, storage)
+        start, back = run.latest() if run.has_checkpoint else None, None
+        while True:
+            reached = _train_from(task, start, back)
+            if isinstance(reached, Position):
+                break
+            back, start = reached, checkpoint.newest_until(run, reached.first)
+            disk.record(_rolled_back(run, start, back))
+        finished = _finished(run, validation, reached, time.perf_counter() - began)
+        disk.record(finished)
+    return finished
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What stays the same however often a run goes back to an earlier checkpoint.
+
+    plan: to compare with the first update. planned: also when the run goes on.
+    """
+
+    run: Run
+    corpus: Corpus
+    batches: Batches
+    validation: TokenStream
+    plan: Plan | None
+    planned: Plan | None
+    watch: Watch
+    stop: StopRequest
+    disk: Patience
+    storage: Storage
+
+
+def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Position | RollBack:
+    """Train from a checkpoint, or from the beginning, to the end or to where the run must go back.
+
+    back: the rollback that has led here.
+    """
+    batches, report, stop, config = task.batches, task.disk.record, task.stop, task.run.config
+    model, optimizer = build(config)
+    at = _begin(task, start, model, optimizer)
+    run = replace(task.run, start=None)  # from here on the newest checkpoint is the one to name
+    guard, best = Guard.of(config.guard, at.carried.get("guard")), at.carried.get("best")
+    if back is not None:
+        guard.rolled_back(back)
+    begun, updates = at.update, settled(config.train.updates)
+    rows = settled(config.train.micro_batch)
     clip = config.train.clip if isinstance(config.train.clip, float) else None
     report(_started(run, batches, at))
-    report(diagnose.assigned(optimizer, model.roles()))
+    if back is None:
+        report(task.storage)
+        report(diagnose.assigned(optimizer, model.roles()))
 
-    planned = plan or run.plan()
-    watch = Watch.over(planned, config.train.device)
-    explained = partial(out_of_memory_table, planned, model, optimizer)
-    with stop_requests() as stop, told_out_of_memory(explained):
+    def snapshot() -> Snapshot:
+        now = replace(at, carried={"guard": guard.state(), "best": best})
+        return checkpoint.capture(run, model, optimizer, batches, task.corpus, now)
+
+    explained = partial(out_of_memory_table, task.planned, model, optimizer)
+    behind = task.storage.host_copy > 0
+    with told_out_of_memory(explained), Saver(run, task.disk, behind=behind) as saver:
+        saver.prepare(snapshot)
         for update in range(at.update, updates):
-            started = time.perf_counter()
-            batch = batches.of(update)
-            micro_batches = list(batch.micro_batches(rows))
-            lr = learning_rate(config.schedule, settled(config.optimizer.lr), update, updates)
-            first = plan if update == 0 else None
-            with measured_peak(model, optimizer, first, report):
-                loss, norm = gather(
-                    model,
-                    optimizer,
-                    MadeAnew(partial(on_device, micro_batches, model.head_weight.device)),
-                    count=len(micro_batches),
-                    tokens=batch.tokens,
-                    lr=lr,
-                    clip=clip,
-                )
-                require_finite(update, loss.item(), norm.item(), optimizer.mode)
-                optimizer.step()
-            at = Position(update + 1, at.tokens + batch.tokens)
-            report(_trained(update, loss, norm, optimizer, at, batch, started))
-            for grown in watch.after(update):
+            if stop and update == begun:
+                raise _stopped_before(run, str(stop.signal), at.update)
+            if guard.leaves_out(update):
+                report(Skipped(update, LEFT_OUT, False, sequences_of(batches, update)))
+                at = Position(update + 1, at.tokens)
+            else:
+                started = time.perf_counter()
+                batch = batches.of(update)
+                micro_batches = list(batch.micro_batches(rows))
+                lr = learning_rate(config.schedule, settled(config.optimizer.lr), update, updates)
+                first = task.plan if update == 0 else None
+                with measured_peak(model, optimizer, first, report):
+                    loss, norm = gather(
+                        model,
+                        optimizer,
+                        MadeAnew(partial(on_device, micro_batches, model.head_weight.device)),
+                        count=len(micro_batches),
+                        tokens=batch.tokens,
+                        lr=lr,
+                        clip=clip,
+                    )
+                    trouble = guard.trouble(loss.item(), norm.item())
+                    if trouble is None:
+                        optimizer.step()
+                    else:
+                        optimizer.discard()
+                made = trouble is None or optimizer.mode == "fused"
+                at = Position(update + 1, at.tokens + batch.tokens * made)
+                if trouble is None:
+                    guard.accept(update, loss.item(), norm.item())
+                    report(_trained(update, loss, norm, optimizer, at, batch, started))
+                else:
+                    report(Skipped(update, trouble, made, sequences_of(batches, update)))
+                    match guard.refuse(update, spoilt=made and not_finite(loss, norm)):
+                        case "roll back":
+                            return guard.rollback(trouble)
+                        case "give up":
+                            saver.finish()
+                            raise _given_up(run, update, trouble, optimizer.mode, guard)
+            for grown in task.watch.after(update):
                 report(grown)
+            saver.check()
             evaluating = _due(config.evaluate.every, at.update, updates)
+            saving = _saving_due(config, at.update, updates) or stop.save_asked()
             if evaluating or at.update % diagnose.EVERY == 0:
                 figures = diagnose.diagnosed(update, optimizer)
                 if figures is not None:
                     report(figures)
             if evaluating:
-                report(_evaluated(update, model, validation, config))
+                evaluated = _evaluated(update, model, task.validation, config)
+                report(evaluated)
+                if best is None or evaluated.eval_loss < best["loss"]:
+                    best = {"update": at.update, "loss": evaluated.eval_loss}
+                    saving = saving or config.checkpoint.keep_best
+            _wait_while_paused(run, stop, report)
             stopping = bool(stop) and at.update < updates
             if stopping:
                 report(Stopping(str(stop.signal)))
-            if stopping or _due(config.checkpoint.every, at.update, updates):
-                report(_saved(run, model, optimizer, batches, corpus, at))
+            if saving or stopping:
+                saver.save(snapshot)
             if stopping:
+                saver.finish()
                 raise _stopped(run, str(stop.signal), at.update)
-    finished = _finished(run, validation, at, time.perf_counter() - began)
-    report(finished)
-    return finished
+    if begun < updates and not guard.losses:
+        raise diverged(updates - 1, "loss nan or inf in every update", optimizer.mode, guard, None)
+    return at
 
 
 def require_hardware(config: Config) -> None:
@@ -131,16 +228,25 @@ def require_hardware(config: Config) -> None:
 def build(config: Config) -> tuple[Llama, Optimizer]:
     """The model, uninitialised, and its optimizer. Raises as `require_hardware`."""
     require_hardware(config)
+    model, optimizer = _declared(config, config.train.device)
+    optimizer.attach(model)
+    if config.train.device == "cuda":
+        _repeat_exactly(model)
+    return model, optimizer
+
+
+def _declared(config: Config, device: str) -> tuple[Llama, Optimizer]:
+    """The model and the optimizer with all its state, on any device; "meta" allocates nothing."""
     weights: WeightFormat = settled(config.train.weights)
     model = Llama(
         resolve_model(config.model, Path.cwd()),
         dtype=compute_dtype(weights, config.train.device),
-        device=config.train.device,
+        device=device,
         int8=weights == "int8",
         int8_ends=config.train.ends == "int8",
         recompute=settled(config.train.recompute),
         keep_logits=config.train.logits == "keep",
-        attention=config.train.attention,
+        attention="cpu" if device == "meta" else config.train.attention,  # nothing runs there
     )
     optimizer = build_optimizer(
         config.optimizer,
@@ -150,9 +256,6 @@ def build(config: Config) -> tuple[Llama, Optimizer]:
         seed=config.train.seed,
         head_dim=model.config.head_dim,
     )
-    optimizer.attach(model)
-    if config.train.device == "cuda":
-        _repeat_exactly(model)
     return model, optimizer
 
 
@@ -185,28 +288,65 @@ def text_of(config: Config, corpus: Corpus) -> tuple[Batches, TokenStream]:
     return batches, validation_of(corpus)
 
 
-def _begin(
-    run: Run, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus
-) -> Position:
+def declared_bytes(config: Config) -> int:
+    """Bytes of the weights and states that a checkpoint will hold, from their declarations."""
+    model, optimizer = _declared(config, "meta")
+    tensors = [*folder_weights(model), *optimizer.state_tensors()]
+    return sum(tensor.nbytes for _, tensor in tensors)
+
+
+def _storage(run: Run) -> Storage:
+    """What saving will need. CheckpointError: more room than there is."""
+    config, size = run.config, declared_bytes(run.config)
+    existing = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    free = require_room(config, run.folder, size, existing)
+    copy, why = host_copy_of(config.checkpoint.behind, size)
+    return Storage(size, most_at_once(config), free, copy, why)
+
+
+def _begin(task: _Task, start: Path | None, model: Llama, optimizer: Optimizer) -> Position:
     """New weights, or those of the checkpoint; metrics that it does not know are dropped."""
-    if not run.has_checkpoint:
+    run, at = task.run, Position()
+    if start is None:
         model.initialise(run.config.train.seed)
-        at = Position()
     else:
-        at = checkpoint.restore(run.latest(), model, optimizer, batches, corpus)
-        run.point_at(run.latest().name)  # what came after an earlier checkpoint is abandoned
-    run.forget_after(at.update)
+        at = checkpoint.restore(start, model, optimizer, task.batches, task.corpus)
+        # What came after an earlier checkpoint is abandoned.
+        task.disk.until_done("the name of the checkpoint", partial(run.point_at, start.name))
+    task.disk.until_done("the metrics", partial(run.forget_after, at.update))
     return at
 
 
-def _recorded(run: Run, report: Report) -> Report:
-    """`report`, with every event written to the run's files first."""
+def _saving_due(config: Config, done: int, updates: int) -> bool:
+    """At every save, and at every checkpoint that is to stay for good."""
+    for_good = config.checkpoint.keep_every
+    return _due(config.checkpoint.every, done, updates) or bool(for_good and done % for_good == 0)
 
-    def both(event: Event) -> None:
-        run.record(event)
-        report(event)
 
-    return both
+def _wait_while_paused(run: Run, stop: StopRequest, report: Report) -> None:
+    """Wait until somebody removes the file PAUSE, or asks the run to stop."""
+    if stop or not stop.paused:
+        return
+    began = time.perf_counter()
+    report(Paused(f"{run.folder / 'PAUSE'} is there: remove it to go on"))
+    while stop.paused and not stop.wait(PAUSE_SECONDS):
+        pass
+    report(Continued(time.perf_counter() - began))
+
+
+def _rolled_back(run: Run, start: Path | None, back: RollBack) -> RolledBack:
+    update = 0 if start is None else update_of(start)
+    most = run.config.guard.rollbacks
+    return RolledBack(update, back.why, back.first, back.last, back.number, most)
+
+
+def _given_up(run: Run, update: int, trouble: str, mode: str, guard: Guard) -> DivergedError:
+    """The error of a run that no rollback helps; its newest checkpoint is one from before."""
+    assert guard.first_bad is not None
+    healthy = checkpoint.newest_until(run, guard.first_bad)
+    if healthy is not None:
+        run.point_at(healthy.name)
+    return diverged(update, trouble, mode, guard, healthy)
 
 
 def _started(run: Run, batches: Batches, at: Position) -> Started:
@@ -263,18 +403,12 @@ def _evaluated(update: int, model: Llama, validation: TokenStream, config: Confi
     return Evaluated(update, result.loss, result.tokens, result.seconds)
 
 
-def _saved(
-    run: Run,
-    model: Llama,
-    optimizer: Optimizer,
-    batches: Batches,
-    corpus: Corpus,
-    at: Position,
-) -> Saved:
-    started = time.perf_counter()
-    folder = checkpoint.save(run, model, optimizer, batches, corpus, at)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Saved(at.update, str(folder), size, time.perf_counter() - started)
+def _stopped_before(run: Run, signal: str, updates: int) -> Stopped:
+    return Stopped(
+        f"stopped by {signal} before update {updates + 1}; nothing has changed",
+        "the run was still loading",
+        f"lowmem resume {run.folder}",
+    )
 
 
 def _stopped(run: Run, signal: str, updates: int) -> Stopped:

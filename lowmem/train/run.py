@@ -6,6 +6,7 @@ runs/NAME/  config.toml  plan.json  env.json  metrics.jsonl  events.jsonl  check
 import json
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -18,12 +19,16 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
-from lowmem.errors import CheckpointError, ConfigError
+from lowmem.errors import CheckpointError, ConfigError, short
 from lowmem.planner.plan import Plan
 from lowmem.train.events import Event, Metric, to_record
+from lowmem.train.lock import held
 
+MANIFEST = "manifest.json"  # written last: a folder with it is a whole checkpoint
+REPLACED = ".tmp-old-"  # before the name of a checkpoint while another takes its place
 METRICS, EVENTS, LATEST = "metrics.jsonl", "events.jsonl", "latest"
 RESERVED = ("sample", "c4", "auto")  # words of --data and --tokenizer that are no paths
+_STEP = re.compile("step-([0-9]{1,15})")
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "tokenizers", "numpy")
 
 
@@ -67,9 +72,10 @@ class Run:
         folder, start, whole = path, None, path.resolve()
         if whole.parent.name == "checkpoints":
             folder, start = whole.parent.parent, whole
-        if not (folder / "config.toml").is_file():
+        if not os.path.isfile(folder / "config.toml"):  # pathlib raises where a name is too long
             raise CheckpointError(
-                f"{path} is no run" if path.exists() else f"{path} does not exist",
+                f"{short(str(path))} "
+                + ("is no run" if os.path.exists(path) else "does not exist"),
                 "expected a folder with config.toml, as `lowmem train` makes it",
                 "ls runs",
             )
@@ -82,6 +88,11 @@ class Run:
             return replace(Plan.from_json(record), config=self.config)
         except (OSError, ValueError):
             return None
+
+    def write_config(self, config: Config) -> None:
+        """Make this the configuration of the run from now on."""
+        with held(self.folder):
+            write_whole(self.folder / "config.toml", to_toml(config).encode())
 
     def latest(self) -> Path:
         """The checkpoint to read: `start`, or the newest complete one. CheckpointError if none."""
@@ -107,25 +118,46 @@ class Run:
         """Is there anything to continue from?"""
         return self.start is not None or self._newest() is not None
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, by the number of updates done."""
+        return complete_in(self.checkpoints)
+
     def _newest(self) -> Path | None:
         """What `latest` names; without it (a crash during the first save) any that is complete."""
-        pointer, folder = self.folder / LATEST, self.folder / "checkpoints"
+        pointer = self.folder / LATEST
+        name = ""
         if pointer.is_file():
-            named = folder / pointer.read_text(encoding="utf-8").strip()
-            if named != folder and named.is_dir():
-                return named
-        complete = [path for path in folder.glob("step-*") if (path / "manifest.json").is_file()]
-        return max(complete, key=lambda path: (len(path.name), path.name), default=None)
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if _STEP.fullmatch(name):
+            for named in (self.checkpoints / name, self.checkpoints / f"{REPLACED}{name}"):
+                if named.is_dir():
+                    return named
+        return next(reversed(self.complete()), None)
 
     def point_at(self, name: str) -> None:
         """Make the checkpoint of that name the newest, so that a crash finds the old or the new."""
         write_whole(self.folder / LATEST, f"{name}\n".encode())
 
     def record(self, event: Event) -> None:
-        """Append an event to its file, flushed line by line."""
-        name = METRICS if isinstance(event, Metric) else EVENTS
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(to_record(event)) + "\n")
+        """Append an event to its file, flushed line by line.
+
+        OSError: the disk; then nothing of the line is in the file.
+        """
+        path = self.folder / (METRICS if isinstance(event, Metric) else EVENTS)
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            line = memoryview((json.dumps(to_record(event)) + "\n").encode())
+            try:
+                while line:  # a disk that is nearly full takes a part
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(before)
+                raise
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every complete line of metrics.jsonl; a line cut by a crash is left out."""
@@ -138,6 +170,18 @@ class Run:
         for name, lines in ((METRICS, known), (EVENTS, _complete_lines(self.folder / EVENTS))):
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_whole(self.folder / name, text.encode())
+
+
+def complete_in(checkpoints: Path) -> list[Path]:
+    """The folders step-NUMBER that are complete, by the number of updates done."""
+    named = [path for path in checkpoints.glob("step-*") if _STEP.fullmatch(path.name)]
+    return sorted((path for path in named if (path / MANIFEST).is_file()), key=update_of)
+
+
+def update_of(checkpoint: Path) -> int:
+    """The number of updates done of a checkpoint, by its name; -1 for another name."""
+    found = _STEP.fullmatch(checkpoint.name)
+    return int(found[1]) if found else -1
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:

@@ -55,13 +55,13 @@ from lowmem.planner.rehearse import (
     tables,
 )
 from lowmem.train import checkpoint
-from lowmem.train.checkpoint import Position
 from lowmem.train.evaluate import evaluate
 from lowmem.train.guard import told_out_of_memory
 from lowmem.train.loop import build, on_device
 from lowmem.train.meters import Meter, Reading, meter_of
 from lowmem.train.out_of_memory import out_of_memory_table
 from lowmem.train.run import Run
+from lowmem.train.snapshot import Position
 
 BUILD, SAVE, WHOLE = "built", "save", "whole run"
 UPDATES = 2

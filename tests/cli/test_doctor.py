@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli import doctor
+from lowmem.cli import doctor, doctor_resume
+from lowmem.cli.doctor_resume import trial, trial_methods
 from lowmem.cli.main import run
+from lowmem.data.shards import Corpus
+from lowmem.train.run import Run
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:
@@ -54,3 +57,51 @@ def test_a_missing_required_package_is_broken_and_an_optional_one_is_not(
     checks = report(capsys)
     assert checks["no-such-package"]["state"] == "broken"
     assert checks["no-such-extra"]["state"] == "note"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--resume", "--disk"], ["--disk", "--report"], ["runs/a"], ["--kills", "0"]]
+)
+def test_contradicting_examinations_are_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["doctor", *arguments]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_disk_is_measured_and_set_against_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--out", str(tmp_path / "runs"), "--model", "llama-9m", "--method", "adamw", "--json"]
+    assert run(["doctor", "--disk", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["disk"]["bytes_per_second"] > 0
+    assert found["need"]["fits"] is True
+    assert found["need"]["together"] == 4 * found["need"]["checkpoint"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(9, marks=pytest.mark.slow)])
+def test_killed_runs_continue_bit_for_bit(kills: int, tiny_corpus: Corpus, tmp_path: Path) -> None:
+    methods = list(trial_methods().items())
+    for name, sections in methods[: 1 if kills == 1 else None]:
+        found = trial(name, sections, kills, tmp_path, tiny_corpus)
+        assert found.passed, found
+        assert found.kills == kills
+        assert found.losses > 8 * kills
+
+
+def test_a_trial_sees_a_run_that_continued_differently(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder, loss in ((whole, "1.0"), (broken, "1.5")):
+        step = folder / "checkpoints" / "step-000002"
+        step.mkdir(parents=True)
+        (folder / "config.toml").write_text("")
+        (folder / "latest").write_text("step-000002\n")
+        (folder / "metrics.jsonl").write_text(f'{{"update": 0, "loss": {loss}}}\n')
+        (step / "state.json").write_text(loss)
+        (step / "manifest.json").write_text("{}")
+    found = doctor_resume.Trial("x")
+    doctor_resume.compare(Run.open(whole), Run.open(broken), found)
+    assert (found.differing_losses, found.differing_files) == (1, 1)
+    assert not found.passed

@@ -35,9 +35,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     cards: list[str] = []
     make = search.make_plan
 
-    def counted(config: Any, card: Any, *rest: Any) -> Plan:
+    def counted(config: Any, card: Any, *more: Any) -> Plan:
         cards.append(card.name)
-        return make(config, card, *rest)
+        return make(config, card, *more)
 
     monkeypatch.setattr(search, "make_plan", counted)
     return cards

@@ -53,7 +53,7 @@ def test_updates_come_at_most_every_interval_but_first_and_last_always() -> None
 def test_evaluations_saves_and_signals_are_never_left_out() -> None:
     lines = lines_at(Clock())
     lines.of(trained(0))
-    for event in (Evaluated(1, 2.0, 10, 1.0), Saved(2, "x", 1, 1.0), Stopping("SIGTERM")):
+    for event in (Evaluated(1, 2.0, 10, 1.0), Saved(2, "x", 1, 1.0, 0.1), Stopping("SIGTERM")):
         assert len(lines.of(event)) == 1
         assert len(lines.of(event)) == 1
 

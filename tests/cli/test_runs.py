@@ -367,7 +367,7 @@ def test_a_signal_while_a_resumed_run_loads_ends_it_resumable(
 
     monkeypatch.setattr("lowmem.cli.resume.corpus_of", interrupted)
     assert run(["resume", "runs/one"]) == 75
-    assert "stopped by SIGTERM before the first update" in capsys.readouterr().err
+    assert "stopped by SIGTERM; no update was under way" in capsys.readouterr().err
 
 
 VERIFY = ["plan", "--verify", "--model", "small.json", "--device", "cpu", *SETTINGS]

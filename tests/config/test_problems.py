@@ -20,7 +20,8 @@ def test_every_key_can_say_what_it_takes(key: str) -> None:
         ("data.skip_bad", "true or false"),
         (
             "optimizer.rank",
-            'a whole number of at least 1, a number above 0 and below 1, a table or "auto"',
+            "a whole number of at least 1, a number above 0 and below 1, a table, "
+            '"auto", "fit", "fit-fraction" or "fit-mlp"',
         ),
         ("optimizer.rank.mlp", "a whole number of at least 1 or a number above 0 and below 1"),
     ],

@@ -59,7 +59,7 @@ def test_figures_are_recorded_at_the_interval_and_with_evaluations(
     monkeypatch.setattr(diagnose, "EVERY", 4)
     config = ready_config(train={"updates": 7}, evaluate={"every": 3, "tokens": 200})
     run, events = run_of(config, tiny_corpus)
-    assert isinstance(events[1], Assigned)
+    assert isinstance(events[2], Assigned)
     assert [event.update for event in events if isinstance(event, Diagnosed)] == [2, 3, 5, 6]
     lines = [line for line in run.metrics() if "diagnostics" in line]
     assert [line["update"] for line in lines] == [2, 3, 5, 6]

@@ -9,6 +9,7 @@ import pytest
 
 from lowmem.train.events import (
     Assigned,
+    Continued,
     Diagnosed,
     Evaluated,
     Event,
@@ -17,9 +18,13 @@ from lowmem.train.events import (
     Grown,
     Measured,
     Part,
+    Paused,
+    RolledBack,
     Saved,
+    Skipped,
     Started,
     Stopping,
+    Storage,
     Trained,
     perplexity,
     to_record,
@@ -74,13 +79,49 @@ RECORDS: list[tuple[Event, dict[str, Any]]] = [
         },
     ),
     (
-        Saved(4, "runs/a/checkpoints/step-000004", 1000, 0.5),
+        Storage(1000, 3, 10**6, 0, "checkpoint.behind = false"),
+        {
+            "event": "storage",
+            "checkpoint": 1000,
+            "kept": 3,
+            "free": 10**6,
+            "host_copy": 0,
+            "why": "checkpoint.behind = false",
+        },
+    ),
+    (
+        Skipped(4, "loss nan", False, ["train-00000.bin at token 32"]),
+        {
+            "event": "skipped",
+            "update": 4,
+            "why": "loss nan",
+            "made": False,
+            "sequences": ["train-00000.bin at token 32"],
+        },
+    ),
+    (
+        RolledBack(100, "loss nan", 120, 140, 1, 3),
+        {
+            "event": "rolledback",
+            "update": 100,
+            "why": "loss nan",
+            "first": 120,
+            "last": 140,
+            "number": 1,
+            "of": 3,
+        },
+    ),
+    (Paused("the disk is full"), {"event": "paused", "why": "the disk is full"}),
+    (Continued(1.5), {"event": "continued", "seconds": 1.5}),
+    (
+        Saved(4, "runs/a/checkpoints/step-000004", 1000, 0.5, 0.1),
         {
             "event": "saved",
             "update": 4,
             "path": "runs/a/checkpoints/step-000004",
             "bytes": 1000,
             "seconds": 0.5,
+            "blocked": 0.1,
         },
     ),
     (

@@ -1,15 +1,16 @@
-"""Signals become requests, and numbers that are not finite become an error that says when."""
+"""Signals and files in the run folder become requests."""
 
-import math
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 import pytest
 
-from lowmem.errors import DivergedError
-from lowmem.train.guard import StopRequest, require_finite, stop_requests
+from lowmem.errors import Stopped
+from lowmem.train.guard import StopRequest, stop_requests, stopped_before_it_began
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
@@ -92,23 +93,53 @@ def test_in_another_thread_requests_never_come() -> None:
     assert handlers() == before
 
 
-def test_finite_numbers_pass() -> None:
-    require_finite(0, 11.5, 0.0, "unfused")
+def test_the_file_stop_is_a_request_and_is_consumed(tmp_path: Path) -> None:
+    with stop_requests(tmp_path) as stop:
+        assert not stop
+        (tmp_path / "STOP").touch()
+        assert stop
+        assert stop.signal == "STOP"
+        assert not (tmp_path / "STOP").exists()
+        assert stop  # for good
+    with stop_requests(tmp_path) as stop:
+        assert not stop
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
-@pytest.mark.parametrize(
-    ("mode", "made"),
-    [
-        ("unfused", "the update was not made"),
-        ("fused+subspace", "the update was not made"),
-        ("fused", "weights changed during backward"),
-    ],
-)
-def test_a_number_that_is_not_finite_is_told_with_its_update(
-    loss: float, norm: float, mode: str, made: str
-) -> None:
-    with pytest.raises(DivergedError, match=f"update 17: loss {loss}, gradient norm {norm}") as e:
-        require_finite(17, loss, norm, mode)
-    assert made in e.value.why
-    assert "a new run" in e.value.fix
+def test_the_file_save_asks_once(tmp_path: Path) -> None:
+    with stop_requests(tmp_path) as stop:
+        (tmp_path / "SAVE").touch()
+        assert stop.save_asked()
+        assert not stop.save_asked()
+        assert not stop
+
+
+def test_a_wait_ends_early_when_the_run_is_asked_to_stop(tmp_path: Path) -> None:
+    with stop_requests(tmp_path) as stop:
+        assert not stop.wait(0.0)
+        (tmp_path / "STOP").touch()
+        assert stop.wait(1000.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_a_run_has_begun_a_signal_ends_it_with_a_word(number: signal.Signals) -> None:
+    with pytest.raises(Stopped, match=number.name) as caught, stopped_before_it_began():
+        signal.raise_signal(number)
+    assert caught.value.exit_code == 75
+
+
+def test_a_signal_in_an_import_is_neither_swallowed_nor_renamed() -> None:
+    """What third parties import is tried with `except Exception`; Python renames errors, too."""
+
+    class Raising:
+        def __set_name__(self, owner: type, name: str) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="SIGTERM"), stopped_before_it_began():
+        _as_if_optional()
+    with pytest.raises(Stopped, match="SIGTERM"), stopped_before_it_began():
+        type("Owner", (), {"attribute": Raising()})  # RuntimeError: Error calling __set_name__
+
+
+def _as_if_optional() -> None:
+    with suppress(Exception):
+        signal.raise_signal(signal.SIGTERM)

@@ -161,7 +161,9 @@ def test_a_diverging_run_stops_before_the_weights_change(
     gather = loop.gather
     monkeypatch.setattr(loop, "gather", poisoned)
     with pytest.raises(DivergedError, match="update 0: loss nan"):
-        planned_run(tiny_config(), tiny_corpus)
+        planned_run(tiny_config(guard={"skips": 0, "rollbacks": 0}), tiny_corpus)
+    with pytest.raises(DivergedError, match="loss nan"):  # however patient: no update was good
+        planned_run(tiny_config(), tiny_corpus, "patient")
 
 
 def test_a_corpus_of_validation_files_cannot_be_trained_on(

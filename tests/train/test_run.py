@@ -144,7 +144,7 @@ def test_metrics_and_events_go_to_their_files(ready_config: MakeConfig) -> None:
     run = Run.create(ready_config(), None)
     for metric in (trained(0), Evaluated(0, 4.0, 10, 0.1)):
         run.record(metric)
-    for event in (Saved(1, "x", 1, 0.1), Stopping("SIGINT"), Measured("tensors", 1, 2)):
+    for event in (Saved(1, "x", 1, 0.1, 0.0), Stopping("SIGINT"), Measured("tensors", 1, 2)):
         run.record(event)
     assert [line["update"] for line in run.metrics()] == [0, 0]
     lines = (run.folder / "events.jsonl").read_text().splitlines()

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from lowmem.errors import ConfigError, nearest
+from lowmem.errors import ConfigError, nearest, plain, short
 from lowmem.optim.method import ByRole
 from lowmem.optim.methods import (
     adabelief,
@@ -94,7 +94,7 @@ def method_spec(name: str, section: str = "optimizer") -> MethodSpec:
         )
     names = method_names()
     raise ConfigError(
-        f"{section}.method = {name!r} is unknown",
+        f"{section}.method = {short(name)!r} is unknown",
         f"allowed: {', '.join(names)}",
         nearest(name, names) or "lowmem methods",
     )
@@ -122,7 +122,7 @@ def build_method(name: str, options: dict[str, Any], section: str = "optimizer")
     except ValidationError as error:
         problem = error.errors()[0]
         key = str(problem["loc"][0])
-        raise _unsuitable(section, key, options[key], name, problem["msg"]) from None
+        raise _unsuitable(section, key, options[key], name, plain(problem["msg"])) from None
 
 
 @cache
@@ -133,7 +133,7 @@ def _checked(build: Callable[..., ByRole]) -> Callable[..., ByRole]:
 
 def _unsuitable(section: str, key: str, value: Any, method: str, why: str) -> ConfigError:
     return ConfigError(
-        f"{section}.{key} = {value!r} does not suit method {method!r}",
+        f"{section}.{key} = {short(repr(value))} does not suit method {method!r}",
         why,
         f"lowmem methods {method} shows the defaults",
     )
