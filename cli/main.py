@@ -1,4 +1,7 @@
-"""The entry of the program: runs a command and turns every way it can end into an exit code."""
+"""The entry of the program: runs a command and turns every way it can end into an exit code.
+
+What this module imports is small, so that signals are heard a moment after Python has started.
+"""
 
 import os
 import sys
@@ -6,16 +9,9 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import typer
-
-from lowmem.cli.commands import app
 from lowmem.cli.errors import tell, tell_bug
 from lowmem.errors import ConfigError, LowMemError, nearest, plain
 from lowmem.train.guard import stopped_before_it_began
-
-# BadParameter -> UsageError -> ClickException: typer exports only the first, and has moved the
-# others between releases.
-_UsageMistake: Any = typer.BadParameter.__mro__[2]
 
 
 def main() -> NoReturn:
@@ -31,24 +27,41 @@ def run(arguments: Sequence[str]) -> int:
     )
     try:
         with stopped_before_it_began():
+            from lowmem.cli.commands import app  # typer and all signatures: a quarter of a second
+
             code = app(list(arguments), prog_name="lowmem", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except _UsageMistake as mistake:
-        return tell(_usage_error(mistake, arguments))
     except LowMemError as error:
         _trace(error, traced)
         return tell(error)
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt:
+        return _interrupted()
     except BrokenPipeError:
         # The reader has gone (`lowmem methods | head`): nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        _trace(error, traced)
-        return tell_bug(error, traced=traced)
+        return _foreign(error, arguments, traced)
+
+
+def _foreign(error: Exception, arguments: Sequence[str], traced: bool) -> int:
+    """Tell an exception that is not ours: typer's, or a bug."""
+    import typer
+
+    if isinstance(error, typer.Abort):
+        return _interrupted()
+    # BadParameter -> UsageError -> ClickException: typer exports only the first, and has moved the
+    # others between releases.
+    if isinstance(error, typer.BadParameter.__mro__[2]):
+        return tell(_usage_error(error, arguments))
+    _trace(error, traced)
+    return tell_bug(error, traced=traced)
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 130
 
 
 def _configure_cuda() -> None:

@@ -57,6 +57,7 @@ SETTINGS = (
     Setting("--update", "MODE", "unfused, fused+subspace or fused", MEMORY),
     Setting("--states", "FORMAT", "moments as fp32, bf16 or 8bit", MEMORY),
     Setting("--weights", "FORMAT", "weights in memory as fp32, bf16 or int8", MEMORY),
+    Setting("--ends", "exact|int8", "embedding and head as floats, or as int8 weights", MEMORY),
     Setting("--recompute", "LEVEL", "what blocks keep for backward: keep, attn, full", MEMORY),
     Setting("--logits", "WAY", "keep them for backward, or recompute them: the same bits", MEMORY),
     Setting("--attention", "sdpa|flash-attn", "whose attention kernel", MEMORY),

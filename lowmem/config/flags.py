@@ -27,6 +27,7 @@ FLAGS = {
     "--attention": "train.attention",
     "--clip": "train.clip",
     "--weights": "train.weights",
+    "--ends": "train.ends",
     "--seed": "train.seed",
     "--device": "train.device",
     "--eval-every": "evaluate.every",

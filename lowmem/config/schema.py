@@ -24,6 +24,7 @@ from lowmem.units import parse_batch, parse_count
 Auto = Literal["auto"]
 StateFormat = Literal["fp32", "bf16", "8bit"]
 WeightFormat = Literal["fp32", "bf16", "int8"]
+Ends = Literal["exact", "int8"]
 UpdateMode = Literal["unfused", "fused+subspace", "fused"]
 Logits = Literal["keep", "recompute"]
 Role = Literal[
@@ -175,7 +176,8 @@ class RestConfig(Section):
     """Everything that is not projected: embedding, head, norms and biases."""
 
     method: str = Field(
-        default="auto", description='a dense method; "auto" is the Adam of the main method'
+        default="auto",
+        description='a dense method or APOLLO; "auto" is the Adam of the main method',
     )
     states: StateFormat | Auto = Field(default="auto", description="as the main method's when auto")
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments")
@@ -261,6 +263,11 @@ class TrainConfig(Section):
     weights: WeightFormat | Auto = Field(
         default="auto",
         description="format of the weights in memory; int8: the matrices of the blocks as codes",
+    )
+    ends: Ends | Auto = Field(
+        default="auto",
+        description="embedding and head as floats, or, of int8 weights, as codes too; "
+        "auto is exact",
     )
     attention: Literal["sdpa", "flash-attn"] = Field(
         default="sdpa", description="PyTorch's own fused attention, or the flash-attn package"

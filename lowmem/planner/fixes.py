@@ -56,6 +56,8 @@ def _variations(job: Job, choice: Choice) -> Iterator[tuple[str, Choice]]:
         yield "--weights bf16", replace(choice, weights="bf16")
     if choice.weights != "int8":
         yield "--weights int8", replace(choice, weights="int8")
+    elif choice.ends == "exact":
+        yield "--ends int8", replace(choice, ends="int8")
 
 
 def _single(choice: Choice) -> Choice:

@@ -11,7 +11,7 @@ the least rank of that class; then the rank is raised as far as these settings l
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ def make_plan(
         if again is None:
             break
         choice = again
-    return _plan(job, choice, [*rows, *_others(job, choice, room)], notes)
+    return _plan(job, choice, _others(job, choice, rows, room), notes)
 
 
 def _smaller_batch(
@@ -229,17 +229,16 @@ def _logits(job: Job, wanted: Logits) -> Logits:
 
 
 def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None:
-    """The fastest micro-batch and recomputation that fit; of the equally fast the smallest."""
-    best: tuple[int, int, Choice] | None = None
+    """The fastest micro-batch and recomputation that fit."""
+    best: Choice | None = None
     hopes = [_hope(job, kind, mode, size) for size in _micro_batches(job, kind, mode, room)]
     for hope in sorted(hopes, key=job.seconds):
-        if best is not None and _speed_class(job, hope) > best[0]:
+        if best is not None and job.seconds(hope) >= job.seconds(best):
             break
         found = _least_recomputed(job, hope, room)
         if found is not None:
-            judged = (_speed_class(job, found), job.peak(found), found)
-            best = judged if best is None else min(best, judged, key=lambda each: each[:2])
-    return None if best is None else best[2]
+            best = found if best is None else min(best, found, key=job.seconds)
+    return best
 
 
 def _hope(job: Job, kind: Kind, mode: UpdateMode, micro: int) -> Choice:
@@ -344,30 +343,43 @@ def _too_large(job: Job, least: Choice, room: int) -> Candidate:
     return Candidate(least, False, peak, reason=f"{format_bytes(peak - room)} too much {where}")
 
 
-def _others(job: Job, choice: Choice, room: int) -> Iterator[Candidate]:
-    """What else fits: the next methods in quality, the fastest of all, and the smallest of all."""
+def _others(job: Job, choice: Choice, rows: list[Candidate], room: int) -> list[Candidate]:
+    """The table with what else fits: the next methods in quality, the fastest, and the smallest."""
     tried = families(job.config, job.model)
-    for family in _next_methods(job, tried, choice):
-        found = _best_of(job, family, room)
-        if found is None:
-            yield _rejected(job, family, room)
-        else:
-            yield Candidate(found.choice, True, job.peak(found.choice), reason="next in quality")
-    fastest = _fastest_of_all(job, tried, choice, room)
-    yield Candidate(fastest, True, job.peak(fastest), reason="fastest")
+    later = _next_methods(job, tried, choice)
+    rows = [row for row in rows if row.choice.method not in later]
+    rows += [_row_of(job, each, room) for each in later.values()]
+    rows = _labelled(rows, job, _fastest_of_all(job, tried, choice, room), "fastest")
     smallest = least(job)
-    if job.fits(smallest, room):
-        yield Candidate(smallest, True, job.peak(smallest), reason="smallest")
+    return _labelled(rows, job, smallest, "smallest") if job.fits(smallest, room) else rows
 
 
-def _next_methods(job: Job, tried: Sequence[Family], choice: Choice) -> list[Family]:
-    """The best family of each of the methods that come after the choice."""
+def _next_methods(job: Job, tried: Sequence[Family], choice: Choice) -> dict[str, list[Family]]:
+    """The families of the methods that come after the choice, best first."""
     rung = quality(kind_of(choice), job.model).rung
-    left: dict[str, Family] = {}
+    found: dict[str, list[Family]] = {}
     for family in tried:
         if family.method != choice.method and quality(family.best, job.model).rung >= rung:
-            left.setdefault(family.method, family)
-    return list(left.values())[:_BESIDE]
+            found.setdefault(family.method, []).append(family)
+    return dict(list(found.items())[:_BESIDE])
+
+
+def _row_of(job: Job, method: Sequence[Family], room: int) -> Candidate:
+    """The best settings of a method that fit, or its smallest."""
+    for family in method:
+        found = _best_of(job, family, room)
+        if found is not None:
+            return Candidate(found.choice, True, job.peak(found.choice), reason="next in quality")
+    rejected = [_rejected(job, family, room) for family in method]
+    return min(rejected, key=lambda row: row.peak_bytes)
+
+
+def _labelled(rows: list[Candidate], job: Job, choice: Choice, label: str) -> list[Candidate]:
+    """The table with what these settings are best for, in their own row if they have none."""
+    for at, row in enumerate(rows):
+        if row.choice == choice:
+            return [*rows[:at], replace(row, reason=f"{row.reason}, {label}"), *rows[at + 1 :]]
+    return [*rows, Candidate(choice, True, job.peak(choice), reason=label)]
 
 
 def _fastest_of_all(job: Job, tried: Sequence[Family], choice: Choice, room: int) -> Choice:
@@ -411,6 +423,7 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "logits": choice.logits,
             "clip": "off" if choice.clip is None else choice.clip,
             "weights": choice.weights,
+            "ends": choice.ends,
         }
     )
     return config.model_copy(update={"optimizer": optimizer, "train": train})

@@ -86,19 +86,21 @@ def stop_requests(folder: Path | None = None) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+class _Signalled(BaseException):
+    """No Exception: who tries to import something optional would take it for a failure."""
+
+
 @contextmanager
 def stopped_before_it_began() -> Iterator[None]:
     """Until the loop takes over, SIGTERM and SIGUSR1 end a command with a word and exit code 75.
 
     Nothing of a run has changed by then, so there is nothing to save.
     """
+    heard: list[str] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise Stopped(
-            f"stopped by {signal.Signals(number).name}; no update was under way",
-            "nothing of a run has changed",
-            "the same command again",
-        )
+        heard.append(signal.Signals(number).name)
+        raise _Signalled
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     try:
@@ -108,6 +110,15 @@ def stopped_before_it_began() -> Iterator[None]:
         return
     try:
         yield
+    except BaseException:
+        if not heard:
+            raise
+        # Whatever it has become on its way: Python itself turns it into a RuntimeError in places.
+        raise Stopped(
+            f"stopped by {heard[0]}; no update was under way",
+            "nothing of a run has changed",
+            "the same command again",
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,7 +10,6 @@ import pytest
 import typer
 
 from lowmem import __version__
-from lowmem.cli import main as entry
 from lowmem.cli.commands import app
 from lowmem.cli.errors import EXIT_CODES
 from lowmem.cli.main import run
@@ -37,7 +36,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def raising(*args: Any, **kwargs: Any) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(entry, "app", raising)
+    monkeypatch.setattr("lowmem.cli.commands.app", raising)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -172,3 +171,19 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 def test_every_error_class_has_a_documented_exit_code() -> None:
     codes = {error.exit_code for error in LowMemError.__subclasses__()}
     assert codes | {0, 1, 130} == set(EXIT_CODES)
+
+
+@pytest.mark.parametrize("module", ["typer", "pydantic"])
+def test_a_signal_while_the_program_is_still_loading_ends_it_with_a_word(module: str) -> None:
+    code = (
+        "import signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from lowmem.cli.main import run\n"
+        "sys.exit(run(['config', 'show']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr.startswith("stopped: stopped by SIGTERM; no update was under way (exit 75)")

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -124,3 +125,21 @@ def test_before_a_run_has_begun_a_signal_ends_it_with_a_word(number: signal.Sign
     with pytest.raises(Stopped, match=number.name) as caught, stopped_before_it_began():
         signal.raise_signal(number)
     assert caught.value.exit_code == 75
+
+
+def test_a_signal_in_an_import_is_neither_swallowed_nor_renamed() -> None:
+    """What third parties import is tried with `except Exception`; Python renames errors, too."""
+
+    class Raising:
+        def __set_name__(self, owner: type, name: str) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="SIGTERM"), stopped_before_it_began():
+        _as_if_optional()
+    with pytest.raises(Stopped, match="SIGTERM"), stopped_before_it_began():
+        type("Owner", (), {"attribute": Raising()})  # RuntimeError: Error calling __set_name__
+
+
+def _as_if_optional() -> None:
+    with suppress(Exception):
+        signal.raise_signal(signal.SIGTERM)
