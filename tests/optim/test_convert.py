@@ -277,7 +277,9 @@ CROSSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "expected"), CROSSED, ids=str)
+@pytest.mark.parametrize(
+    ("old", "new", "expected"), CROSSED, ids=lambda value: " ".join(sorted(map(str, value)))
+)
 def test_another_method_takes_over_what_means_the_same(
     old: dict[str, Any], new: dict[str, Any], expected: set[str]
 ) -> None:
