@@ -311,7 +311,12 @@ def _begin(task: _Task, start: Path | None, model: Llama, optimizer: Optimizer) 
         model.initialise(run.config.train.seed)
     else:
         at, converted = checkpoint.restore(
-            start, model, optimizer, task.batches, task.corpus, run.config
+            start,
+            model,
+            optimizer,
+            task.batches,
+            task.corpus,
+            run.config if run.was_changed else None,
         )
         if converted is not None:
             task.disk.record(converted)

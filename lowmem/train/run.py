@@ -101,6 +101,11 @@ class Run:
             write_whole(self.folder / "plan.json", json.dumps(plan, indent=1).encode())
             write_whole(path, to_toml(config).encode())
 
+    @property
+    def was_changed(self) -> bool:
+        """Has `write_config` changed it? Otherwise a checkpoint of other settings is a mistake."""
+        return any(self.folder.glob("config-*.toml"))
+
     def latest(self) -> Path:
         """The checkpoint to read: `start`, or the newest complete one. CheckpointError if none."""
         if self.start is not None:
