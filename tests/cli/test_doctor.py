@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli import doctor, doctor_resume
+from lowmem.cli import doctor, doctor_disk, doctor_resume
 from lowmem.cli.doctor_resume import trial, trial_methods
 from lowmem.cli.main import run
 from lowmem.data.shards import Corpus
@@ -70,15 +70,21 @@ def test_contradicting_examinations_are_refused(
 
 
 def test_the_disk_is_measured_and_set_against_a_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--out", str(tmp_path / "runs"), "--model", "llama-9m", "--method", "adamw", "--json"]
-    assert run(["doctor", "--disk", *flags]) == 0
+    monkeypatch.setattr(doctor_disk, "_WRITTEN", 2**24)
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[optimizer]\nstates = "fp32"\n[train]\ndevice = "cpu"\nupdate = "unfused"\n'
+        'recompute = "keep"\nbatch = "2seq"\nmicro_batch = 2\n'
+    )
+    flags = ["--out", str(tmp_path / "runs"), "--model", "llama-tiny", "--method", "adamw"]
+    assert run(["doctor", "--disk", "--config", str(file), *flags, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["disk"]["bytes_per_second"] > 0
     assert found["need"]["fits"] is True
     assert found["need"]["together"] == 4 * found["need"]["checkpoint"] > 0
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(9, marks=pytest.mark.slow)])
