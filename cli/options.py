@@ -52,11 +52,15 @@ class Given:
 SETTINGS = (
     Setting("--model", "NAME|PATH", "a preset such as llama-60m, or a config.json", MODEL),
     Setting("--gpu", "24GB|CARD|auto", "memory or card to plan for; auto measures", MODEL),
+    Setting(
+        "--others", "SIZE", "what other programs use of the card; 0MiB without a desktop", MODEL
+    ),
     Setting("--device", "auto|cpu|cuda", "where to compute", MODEL),
     Setting("--seed", "N", "of weights, data order and rounding (default 0)", MODEL),
     Setting("--update", "MODE", "unfused, fused+subspace or fused", MEMORY),
     Setting("--states", "FORMAT", "moments as fp32, bf16 or 8bit", MEMORY),
     Setting("--weights", "FORMAT", "weights in memory as fp32, bf16 or int8", MEMORY),
+    Setting("--ends", "exact|int8", "embedding and head as floats, or as int8 weights", MEMORY),
     Setting("--recompute", "LEVEL", "what blocks keep for backward: keep, attn, full", MEMORY),
     Setting("--logits", "WAY", "keep them for backward, or recompute them: the same bits", MEMORY),
     Setting("--attention", "sdpa|flash-attn", "whose attention kernel", MEMORY),

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowmem.kernels.grouped_weight import GroupedWeight, Weight, float_rows
 from lowmem.kernels.linear_cross_entropy import IGNORED
 from lowmem.kernels.rounding import hashed_bits
 from lowmem.kernels.slices import pieces
@@ -22,14 +23,16 @@ from lowmem.naming import seed_of
 SLICE_ELEMENTS = 2**22  # of noise at a time, on every device: the draws depend on it
 
 
-def drawn_targets(x: Tensor, weight: Tensor, targets: Tensor, seed: int) -> Tensor:
+def drawn_targets(x: Tensor, weight: Weight, targets: Tensor, seed: int) -> Tensor:
     """(n,) int64: a draw per token, and -100 where `targets` has it. x (n, h), weight (V, h)."""
     rows = max(1, SLICE_ELEMENTS // max(1, len(x)))
+    if isinstance(weight, GroupedWeight):
+        rows = -(-rows // weight.group) * weight.group  # each slice begins a group
     best = torch.full(targets.shape, -math.inf, dtype=torch.float32, device=x.device)
     drawn = torch.zeros_like(targets)
-    for start, stop in pieces(len(weight), rows, weight.is_meta):
+    for start, stop in pieces(weight.shape[0], rows, x.is_meta):
         noisy = _gumbel((stop - start) * len(x), seed_of(seed, "slice", start), x.device)
-        noisy = noisy.view(stop - start, len(x)).add_(weight[start:stop] @ x.t())
+        noisy = noisy.view(stop - start, len(x)).add_(float_rows(weight, start, stop) @ x.t())
         value, index = noisy.max(0)
         drawn = torch.where(value > best, index.add_(start), drawn)
         best = torch.maximum(best, value)

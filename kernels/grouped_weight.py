@@ -93,6 +93,23 @@ class GroupedWeight:
         """What the codes stand for, worked out in float32 and rounded once to `dtype`."""
         return dequantize(self.codes, self.scales, self.zeros, self.group, dtype)
 
+    def picked(self, index: Tensor) -> Tensor:
+        """Rows by number in `dtype`: (n) int64 -> (n, width); no others are made floats."""
+        width = self.shape[1]
+        codes = self.codes.index_select(0, index)
+        if width % self.group == 0:
+            lines, group = width // self.group, self.group
+            scales, zeros = (
+                each.view(-1, lines).index_select(0, index).view(-1)
+                for each in (self.scales, self.zeros)
+            )
+        else:  # rows begin inside of groups: every element looks up its own
+            columns, group = torch.arange(width, device=index.device), 1
+            elements = index.unsqueeze(1).mul(width).add(columns).view(-1)
+            groups = elements.floor_divide_(self.group)
+            scales, zeros = (each.index_select(0, groups) for each in (self.scales, self.zeros))
+        return dequantize(codes, scales, zeros, group, self.dtype)
+
     def store(self, values: Tensor, noise: Tensor | None = None) -> None:
         """Take new values: float32, contiguous, of this shape. noise: see `quantize`."""
         found = quantize(values, _BITS, self.group, noise, self.span_zero)
@@ -102,3 +119,10 @@ class GroupedWeight:
 
 
 Weight = Tensor | GroupedWeight
+
+
+def float_rows(weight: Weight, start: int, stop: int) -> Tensor:
+    """Rows in the dtype of their gradients: a view, or made of codes, where a group must begin."""
+    if isinstance(weight, Tensor):
+        return weight[start:stop]
+    return weight.rows(start, stop).values(weight.dtype)

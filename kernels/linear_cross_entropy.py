@@ -21,13 +21,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lowmem.kernels.grouped_weight import Weight, float_rows
 from lowmem.kernels.slices import pieces, slice_elements
 from lowmem.phases import phase
 
 SLICE_ROWS = 4096
 """Of W in a slice, whatever the number of tokens, so that memory grows with it in a straight line.
 A product of that many columns is as fast as a whole one; fewer rows would take less memory, but
-add more roundings to dx. A multiple of 256: row slices then hold whole blocks of 8-bit moments."""
+add more roundings to dx. A multiple of 256: row slices then hold whole blocks of 8-bit moments,
+and whole groups of codes."""
 
 IGNORED = -100  # a target that is no target
 
@@ -48,9 +50,11 @@ class Softmax:
 
 
 def cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: float, *, keep_logits: bool = False
+    x: Tensor, weight: Weight, targets: Tensor, scale: float, *, keep_logits: bool = False
 ) -> tuple[Tensor, Softmax]:
     """(loss, softmax): x (n, h), weight (V, h), targets (n) int64 of which -100 are skipped.
+
+    Of a weight in codes the rows of one slice are floats at a time.
 
     loss: the scaled sum as a float32 scalar; NaN where a target is outside the vocabulary.
     """
@@ -60,8 +64,8 @@ def cross_entropy(
     # NaN until the slice with the target comes: one outside the vocabulary does not go unseen.
     picked = torch.full_like(log_total, math.nan)
     softmax = Softmax(log_total)
-    for start, stop in row_slices(len(weight)):
-        logits = x @ weight[start:stop].t()
+    for start, stop in row_slices(weight.shape[0]):
+        logits = x @ float_rows(weight, start, stop).t()
         for tokens in _token_pieces(logits):
             exact = logits[tokens].to(torch.float32, copy=keep_logits)
             _add_to_totals(log_total[tokens], picked[tokens], exact, targets[tokens] - start)
@@ -75,7 +79,7 @@ def cross_entropy(
 
 
 def cross_entropy_backward(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: float, softmax: Softmax, take: TakeRows
+    x: Tensor, weight: Weight, targets: Tensor, scale: float, softmax: Softmax, take: TakeRows
 ) -> Tensor:
     """dx (n, h); the rows of dW go to `take`, slice by slice from the first to the last.
 
@@ -86,8 +90,8 @@ def cross_entropy_backward(
     targets = targets.unsqueeze(1)
     with phase("loss"):
         grad_x = torch.zeros_like(x, dtype=torch.float32)
-    for start, stop in row_slices(len(weight)):
-        part = weight[start:stop]
+    for start, stop in row_slices(weight.shape[0]):
+        part = float_rows(weight, start, stop)
         with phase("loss"):
             grad = softmax.logits.popleft() if softmax.logits else x @ part.t()
             _turn_into_gradient(grad, softmax.log_total, targets - start)
@@ -95,7 +99,8 @@ def cross_entropy_backward(
                 grad_x.addmm_(grad, part, alpha=scale)
             else:
                 grad_x.add_(grad @ part, alpha=scale)
-        rows = torch.empty_like(part).addmm_(grad.t(), x, beta=0, alpha=scale)
+        del part  # floats of codes
+        rows = x.new_empty(stop - start, x.shape[1]).addmm_(grad.t(), x, beta=0, alpha=scale)
         del grad
         take(start, rows)
         del rows

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowmem.kernels.blockwise import BLOCK
 
-SLICE_ELEMENTS = {"cuda": 2**22, "cpu": 2**18}  # 16 MiB and 1 MiB of float32
+SLICE_ELEMENTS = {"cuda": 2**21, "cpu": 2**18}  # 8 MiB and 1 MiB of float32
 _meta_stands_for = ["cuda"]
 
 

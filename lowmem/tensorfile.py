@@ -104,6 +104,17 @@ def read_tensor(path: Path, name: str) -> "Tensor":
         raise _unreadable(path, error) from error
 
 
+def tensor_names(path: Path) -> list[str]:
+    """Of a file, without reading any tensor. CheckpointError: as `read_tensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file as hex, read in pieces."""
     with open(path, "rb") as file:

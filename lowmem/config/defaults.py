@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config.presets import resolve_model
-from lowmem.config.schema import Auto, Config, ModelConfig, settled
+from lowmem.config.schema import Auto, Config, ModelConfig, WeightFormat, settled
 from lowmem.errors import ConfigError
 from lowmem.units import format_count, parse_batch
 
@@ -40,15 +40,12 @@ def settle(config: Config, *, cuda: bool) -> tuple[Config, list[str]]:
     updates: int | Auto = "auto"  # hours: by the planner, which knows how fast the card is
     if config.train.hours is None:
         updates = _updates(config, model, rows * seq_len, device, notes)
-    weights = config.train.weights
-    if weights == "auto" and device == "cpu":
-        weights = "fp32"  # on a card the planner chooses
     changes: dict[str, Any] = {
         "train": {
             "device": device,
             "batch": f"{rows}seq",
             "tokens": None,
-            "weights": weights,
+            "weights": _weights(config, device),
         },
         "data": {"seq_len": seq_len},
         "evaluate": _evaluation(config, device),
@@ -129,6 +126,21 @@ def _updates(
     updates = math.ceil(TOKENS_PER_PARAMETER * model.parameters / tokens_per_update)
     notes.append(f"updates {updates}: {TOKENS_PER_PARAMETER} tokens per parameter")
     return updates
+
+
+def _weights(config: Config, device: str) -> WeightFormat | Auto:
+    """On a card the planner chooses what is left open."""
+    weights, ends = config.train.weights, config.train.ends
+    if ends == "int8" and weights not in ("auto", "int8"):
+        raise ConfigError(
+            f'train.ends = "int8" with train.weights = "{weights}"',
+            "codes in embedding and head are for models whose blocks are in codes, which need "
+            "the memory more",
+            "--weights int8, or --ends exact",
+        )
+    if weights == "auto" and ends == "int8":
+        return "int8"
+    return "fp32" if weights == "auto" and device == "cpu" else weights
 
 
 def _evaluation(config: Config, device: str) -> dict[str, int]:

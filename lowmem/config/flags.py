@@ -3,6 +3,7 @@
 FLAGS = {
     "--model": "model",
     "--gpu": "gpu",
+    "--others": "others",
     "--data": "data.source",
     "--tokenizer": "data.tokenizer",
     "--seq-len": "data.seq_len",
@@ -27,6 +28,7 @@ FLAGS = {
     "--attention": "train.attention",
     "--clip": "train.clip",
     "--weights": "train.weights",
+    "--ends": "train.ends",
     "--seed": "train.seed",
     "--device": "train.device",
     "--eval-every": "evaluate.every",

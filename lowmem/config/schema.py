@@ -19,11 +19,12 @@ from pydantic import (
 )
 
 from lowmem.config.recompute import checked
-from lowmem.units import parse_batch, parse_count
+from lowmem.units import parse_batch, parse_bytes, parse_count
 
 Auto = Literal["auto"]
 StateFormat = Literal["fp32", "bf16", "8bit"]
 WeightFormat = Literal["fp32", "bf16", "int8"]
+Ends = Literal["exact", "int8"]
 UpdateMode = Literal["unfused", "fused+subspace", "fused"]
 Logits = Literal["keep", "recompute"]
 Role = Literal[
@@ -52,6 +53,9 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=10**18)]
 
 Recompute = Annotated[str, AfterValidator(checked)]
 """A level, or levels from the last block downwards: see `config/recompute.py`."""
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+"""Memory that may be written "300MiB"."""
 
 Rank = Size | Annotated[float, Field(gt=0.0, lt=1.0)]
 """A number of dimensions, or a fraction of a matrix's shorter side."""
@@ -175,7 +179,8 @@ class RestConfig(Section):
     """Everything that is not projected: embedding, head, norms and biases."""
 
     method: str = Field(
-        default="auto", description='a dense method; "auto" is the Adam of the main method'
+        default="auto",
+        description='a dense method or APOLLO; "auto" is the Adam of the main method',
     )
     states: StateFormat | Auto = Field(default="auto", description="as the main method's when auto")
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments")
@@ -261,6 +266,11 @@ class TrainConfig(Section):
     weights: WeightFormat | Auto = Field(
         default="auto",
         description="format of the weights in memory; int8: the matrices of the blocks as codes",
+    )
+    ends: Ends | Auto = Field(
+        default="auto",
+        description="embedding and head as floats, or, of int8 weights, as codes too; "
+        "auto is exact",
     )
     attention: Literal["sdpa", "flash-attn"] = Field(
         default="sdpa", description="PyTorch's own fused attention, or the flash-attn package"
@@ -363,6 +373,10 @@ class Config(Section):
     )
     gpu: str = Field(
         default="auto", description='"24GB", "24GiB", a card such as rtx4090, or "auto"'
+    )
+    others: Auto | Bytes = Field(
+        default="auto",
+        description="memory that other programs use on the card, e.g. 0MiB; auto: a desktop's",
     )
     data: DataConfig = Field(default_factory=DataConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)

@@ -5,6 +5,8 @@ Both hand the gradient of their matrix over in row slices of the vocabulary, mad
 matrix, its first slices are ready at the beginning of backward and nothing may be done with them
 before the last blocks are through: there the head's gradient waits in `tied`, whole; the slices of
 the embedding's are added to it, and the sum is handed over at once.
+
+Either may be 8-bit codes: a lookup makes floats of its tokens' rows, a product of a slice's.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lowmem.kernels.drawn_targets import drawn_targets
+from lowmem.kernels.grouped_weight import Weight
 from lowmem.kernels.linear_cross_entropy import cross_entropy, cross_entropy_backward, row_slices
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_backward
 from lowmem.phases import phase
@@ -35,7 +38,7 @@ class EmbeddingStep(torch.autograd.Function):
         ctx: Any, anchor: Tensor, inputs: Tensor, model: "Llama", tied: list[Tensor]
     ) -> Tensor:
         ctx.inputs, ctx.model, ctx.tied = inputs.reshape(-1), model, tied
-        return functional.embedding(ctx.inputs, model.model.embed_tokens.weight)
+        return embedded(ctx.inputs, model.model.embed_tokens.weight)
 
     @staticmethod
     @once_differentiable
@@ -56,6 +59,13 @@ class EmbeddingStep(torch.autograd.Function):
             if ctx.tied:
                 model.hand(EMBEDDING, ctx.tied.pop())
         return None, None, None, None
+
+
+def embedded(inputs: Tensor, weight: Weight) -> Tensor:
+    """The rows of these tokens, (n) -> (n, h); of codes, only they are made floats."""
+    if isinstance(weight, Tensor):
+        return functional.embedding(inputs, weight)
+    return weight.picked(inputs)
 
 
 def embedding_rows(
@@ -119,7 +129,7 @@ class LossStep(torch.autograd.Function):
 
         with phase("gradient of head"):
             if model.config.tie_word_embeddings:
-                ctx.tied.append(torch.empty_like(weight))
+                ctx.tied.append(y.new_empty(weight.shape))
             grad_y = cross_entropy_backward(y, weight, targets, scale, softmax, take)
             del y, softmax
             grad_y = grad_y.mul_(grad).to(x.dtype)

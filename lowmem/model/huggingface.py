@@ -30,7 +30,7 @@ from lowmem.errors import CheckpointError
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.model.int8 import GROUP
 from lowmem.model.llama import Llama
-from lowmem.tensorfile import Pending, read_tensor, read_tensors, write_tensors
+from lowmem.tensorfile import Pending, read_tensor, read_tensors, tensor_names, write_tensors
 
 WEIGHTS = "model.safetensors"
 CODES = "lowmem-int8.safetensors"  # weights of a model in codes
@@ -111,6 +111,7 @@ def load_folder(
         dtype=dtype,
         device=device,
         int8=in_codes(folder),
+        int8_ends=ends_in_codes(folder),
         recompute=recompute,
         attention=attention,
     )
@@ -121,6 +122,11 @@ def load_folder(
 def in_codes(folder: Path) -> bool:
     """Are the weights of this folder 8-bit codes?"""
     return (folder / CODES).is_file()
+
+
+def ends_in_codes(folder: Path) -> bool:
+    """Are embedding and head, too? CheckpointError: a damaged file."""
+    return in_codes(folder) and "model.embed_tokens.codes" in tensor_names(folder / CODES)
 
 
 def dtype_of(config: dict[str, Any]) -> torch.dtype:
@@ -145,7 +151,8 @@ def float_weights(folder: Path) -> list[tuple[str, Pending]]:
     """
     data = _read_json(folder / "config.json")
     config, dtype = model_config_from_huggingface(data), dtype_of(data)
-    shapes = Llama(config, dtype=dtype, device="meta", int8=True, attention="cpu")
+    ends = ends_in_codes(folder)
+    shapes = Llama(config, dtype=dtype, device="meta", int8=True, int8_ends=ends, attention="cpu")
     return [
         (name, Pending(dtype, tuple(weight.shape), partial(_floats, folder, name, weight)))
         for name, weight in shapes.weights().items()

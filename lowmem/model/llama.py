@@ -17,13 +17,13 @@ from lowmem.config.recompute import levels_of
 from lowmem.config.schema import ModelConfig, WeightFormat
 from lowmem.kernels import rope
 from lowmem.kernels.attention import Backend, choose_backend
-from lowmem.kernels.grouped_weight import GroupedWeight, Weight
+from lowmem.kernels.grouped_weight import GroupedWeight, Weight, float_rows
 from lowmem.kernels.linear_cross_entropy import cross_entropy
 from lowmem.kernels.rms_norm import rms_norm
 from lowmem.kernels.slices import row_slices
 from lowmem.kernels.vector_math import settle_vector_math
 from lowmem.model.block import Block, BlockStep, Linear, Norm, Rotation
-from lowmem.model.ends import EmbeddingStep, LossStep
+from lowmem.model.ends import EmbeddingStep, LossStep, embedded
 from lowmem.model.int8 import GROUP, Int8Linear
 from lowmem.model.sink import GradientSink, ParameterGrads
 from lowmem.naming import seed_of
@@ -51,13 +51,15 @@ class Decoder(nn.Module):
         config: ModelConfig,
         backend: Backend,
         int8: bool,
+        int8_ends: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
         h, where = config.hidden_size, {"dtype": dtype, "device": device}
-        self.embed_tokens = Linear(h, config.vocab_size, bias=False, **where)
-        indices, linear = range(config.num_hidden_layers), Int8Linear if int8 else Linear
+        end, linear = (Int8Linear if coded else Linear for coded in (int8_ends, int8))
+        self.embed_tokens = end(h, config.vocab_size, bias=False, dtype=dtype, device=device)
+        indices = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(Block(config, i, backend, linear, **where) for i in indices)
         self.norm = Norm(h, **where)
 
@@ -72,9 +74,9 @@ class Llama(nn.Module):
     """The decoder with its head.
 
     Weights are allocated uninitialised on `device`, which may be "meta". int8: the matrices of the
-    blocks are 8-bit codes, and dtype is that of the rest. recompute: what blocks keep for backward.
-    keep_logits: keep them, too, instead of making them twice. attention: "auto" takes the device's
-    own; on meta it names the rehearsed one.
+    blocks are 8-bit codes, and dtype is that of the rest; int8_ends: so are embedding and head.
+    recompute: what blocks keep for backward. keep_logits: keep them, too, instead of making them
+    twice. attention: "auto" takes the device's own; on meta it names the rehearsed one.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Llama(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         int8: bool = False,
+        int8_ends: bool = False,
         recompute: str = "keep",
         keep_logits: bool = False,
         attention: str = "auto",
@@ -92,18 +95,19 @@ class Llama(nn.Module):
         device = torch.device(device)
         if device.type == "cpu":
             settle_vector_math()
-        self.config, self.int8 = config, int8
+        self.config, self.int8, self.int8_ends = config, int8, int8_ends
         self.recompute, self.keep_logits = recompute, keep_logits
         self.backend = choose_backend(attention, device, dtype, config.head_dim)
-        self.model = Decoder(config, self.backend, int8, dtype, device)
+        self.model = Decoder(config, self.backend, int8, int8_ends, dtype, device)
         if not config.tie_word_embeddings:
             h, vocabulary = config.hidden_size, config.vocab_size
-            self.lm_head = Linear(h, vocabulary, bias=False, dtype=dtype, device=device)
+            end = Int8Linear if int8_ends else Linear
+            self.lm_head = end(h, vocabulary, bias=False, dtype=dtype, device=device)
         self.sink: GradientSink = ParameterGrads(self)
         self._rotations: dict[int, Rotation] = {}
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Weight:
         """(V, h): the head's own, or the embedding's where they are tied."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
@@ -142,7 +146,8 @@ class Llama(nn.Module):
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
         """(b, t, V) float32, whole: for tests and small uses."""
-        return (self._final(inputs) @ self.head_weight.t()).float().view(*inputs.shape, -1)
+        head = float_rows(self.head_weight, 0, self.config.vocab_size)
+        return (self._final(inputs) @ head.t()).float().view(*inputs.shape, -1)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -201,7 +206,7 @@ class Llama(nn.Module):
         """Normalised output of the last block, (b * t, h); keeps nothing."""
         rotation = self._rotation(inputs.shape[1])
         with phase("embedding"):
-            x = nn.functional.embedding(inputs.reshape(-1), self.model.embed_tokens.weight)
+            x = embedded(inputs.reshape(-1), self.model.embed_tokens.weight)
         for index, block in enumerate(self.model.layers):
             with phase(f"forward of block {index + 1}"):
                 x = block(x, rotation, "full")[0]

@@ -1,11 +1,12 @@
 """Which parameter gets which method: decided by its role, never by its shape or its name.
 
 `model/llama.py` publishes the roles. Matrices of attention and MLP get the method itself; the
-rest (embedding, head, norms, biases) gets the method's `rest`, or what the user put there.
+rest (embedding, head, norms, biases) gets the method's `rest`, or what the user put there. Where
+that projects, embedding and head are its matrices, and norms and biases get its own rest.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.config.schema import OptimizerConfig, UpdateMode, settled
@@ -17,6 +18,8 @@ from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.place import Place
 
 PROJECTED_ROLES = ("attention", "mlp")
+PROJECTING_REST = ("apollo", "apollo_mini")
+"""Methods that scale a gradient from random lines of it: these suit embedding and head, too."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +121,16 @@ def _rest(config: OptimizerConfig) -> ByRole:
         if states and "rest_states" in method_spec(config.method).arguments:
             states = {"rest_states": rest.states}
         return build_method(config.method, options | states)
-    if "rank" in method_spec(rest.method, section).arguments:
+    projects = "rank" in method_spec(rest.method, section).arguments
+    if projects and rest.method not in PROJECTING_REST:
         raise ConfigError(
             f"{section}.method = {rest.method!r} projects",
-            "embedding, head and norms need a dense method: "
-            + ", ".join(name for name in METHODS if not takes_rank(name)),
+            "embedding, head and norms need a dense method, or one without a basis: "
+            + ", ".join([*(m for m in METHODS if not takes_rank(m)), *PROJECTING_REST]),
             'rest.method = "adamw"',
         )
-    return build_method(rest.method, states | rest.options, section)
+    built = build_method(rest.method, states | rest.options, section)
+    return replace(built, embedding=built.matrix, head=built.matrix) if projects else built
 
 
 def build_optimizer(

@@ -12,6 +12,7 @@ from typing import Any
 from lowmem.config.presets import read_preset
 from lowmem.config.schema import (
     Config,
+    Ends,
     ModelConfig,
     OptimizerConfig,
     UpdateMode,
@@ -35,12 +36,13 @@ CLIP = 1.0  # where nobody says otherwise and the norm is known before weights m
 
 @dataclass(frozen=True)
 class Kind:
-    """What decides quality: method, rank, moments and weights."""
+    """What decides quality: method, rank, moments, weights and ends."""
 
     method: str
     rank: Any
     states: str
     weights: WeightFormat = "bf16"
+    ends: Ends = "exact"
 
     def optimizer(self, config: OptimizerConfig, parameters: int) -> OptimizerConfig:
         """`config` with this method, rank and format, and what its sheet says of other settings.
@@ -73,9 +75,10 @@ class Family:
     states: str
     weights: WeightFormat
     ranks: tuple[Any, ...]
+    ends: Ends = "exact"
 
     def kind(self, rank: Any) -> Kind:
-        return Kind(self.method, rank, self.states, self.weights)
+        return Kind(self.method, rank, self.states, self.weights, self.ends)
 
     @property
     def best(self) -> Kind:
@@ -134,7 +137,8 @@ def _automatic(optimizer: OptimizerConfig) -> list[str]:
 def quality(kind: Kind, model: ModelConfig) -> Penalty:
     """What this kind costs in quality by the published evidence."""
     share = rank_share(kind.rank, model)
-    return penalty(kind.method, share, kind.states, model.parameters, kind.weights)
+    found = penalty(kind.method, share, kind.states, model.parameters, kind.weights)
+    return found.doubted("int8 embedding and head") if kind.ends == "int8" else found
 
 
 def rank_share(rank: Any, model: ModelConfig) -> float | None:
@@ -152,7 +156,7 @@ def _families_of(name: str, config: Config, model: ModelConfig) -> list[Family]:
     elif optimizer.rank != "auto":
         method_options(optimizer.model_copy(update={"method": name}))  # says it has no rank
     return [
-        Family(name, states, weights, ranks)
+        Family(name, states, weights, ranks, "int8" if config.train.ends == "int8" else "exact")
         for states in _formats_of(name, optimizer)
         for weights in weight_formats(config)
     ]

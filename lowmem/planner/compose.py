@@ -196,7 +196,9 @@ def model_bytes(model: ModelConfig, choice: Choice, seq_len: int, attention: str
     """Rehearse the choice's micro-batch on a model with one block of each level, and the last."""
     small = model.model_copy(update={"num_hidden_layers": len(LIKE)})
     logits = choice.logits == "keep"
-    llama = model_on_meta(small, choice.weights, RECOMPUTE, attention, keep_logits=logits)
+    llama = model_on_meta(
+        small, choice.weights, RECOMPUTE, attention, keep_logits=logits, ends=choice.ends
+    )
     recorder = _Recorder(llama, scratch=attention != "cpu")
     listener = _Listener(recorder)
     listener.attach(llama)

@@ -16,6 +16,7 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.recompute import levels_of
 from lowmem.config.schema import (
     Config,
+    Ends,
     Logits,
     ModelConfig,
     OptimizerConfig,
@@ -67,7 +68,7 @@ class Job:
     _memories: dict[str, Memory] = field(default_factory=dict)
     _missed: dict[UpdateMode, int] = field(default_factory=dict)
     _persistent: dict[str, int] = field(default_factory=dict)
-    _llamas: dict[tuple[WeightFormat, int], Llama] = field(default_factory=dict)
+    _llamas: dict[tuple[WeightFormat, Ends, int], Llama] = field(default_factory=dict)
 
     @staticmethod
     def of(config: Config, card: Card) -> "Job":
@@ -110,6 +111,7 @@ class Job:
             accumulate,
             clip_of(self.config, mode),
             logits,
+            kind.ends,
         )
 
     def optimizer(self, kind: Kind) -> OptimizerConfig:
@@ -185,7 +187,8 @@ class Job:
         )
 
     def _model_bytes(self, choice: Choice) -> ModelBytes:
-        key = (choice.weights, choice.logits, choice.micro_batch, choice.accumulate > 1)
+        formats = choice.weights, choice.ends
+        key = (formats, choice.logits, choice.micro_batch, choice.accumulate > 1)
         if key not in self._models:
             self._models[key] = model_bytes(self.model, choice, self.seq_len, self.attention)
         return self._models[key]
@@ -206,18 +209,21 @@ class Job:
 
     def _owner(self, kind: Kind, mode: UpdateMode) -> Optimizer:
         """The optimizer of a model of two blocks; of the whole where moments move between them."""
-        owner = optimizer_on_meta(self._llama(kind.weights, 2), self.optimizer(kind), mode)
+        owner = optimizer_on_meta(self._llama(kind, 2), self.optimizer(kind), mode)
         if any(isinstance(slot.method, Reallocating) for slot in owner.slots.values()):
-            whole = self._llama(kind.weights, self.model.num_hidden_layers)
+            whole = self._llama(kind, self.model.num_hidden_layers)
             return optimizer_on_meta(whole, self.optimizer(kind), mode)
         return owner
 
-    def _llama(self, weights: WeightFormat, blocks: int) -> Llama:
+    def _llama(self, kind: Kind, blocks: int) -> Llama:
         blocks = min(blocks, self.model.num_hidden_layers)
-        if (weights, blocks) not in self._llamas:
+        key = kind.weights, kind.ends, blocks
+        if key not in self._llamas:
             model = self.model.model_copy(update={"num_hidden_layers": blocks})
-            self._llamas[weights, blocks] = model_on_meta(model, weights, "keep", self.attention)
-        return self._llamas[weights, blocks]
+            self._llamas[key] = model_on_meta(
+                model, kind.weights, "keep", self.attention, ends=kind.ends
+            )
+        return self._llamas[key]
 
     def _reserved(self, tensors: int) -> int:
         if self.config.train.device == "cpu":
@@ -235,4 +241,4 @@ def _check_recompute(recompute: str, blocks: int) -> None:
 
 
 def kind_of(choice: Choice) -> Kind:
-    return Kind(choice.method, choice.rank, choice.states, choice.weights)
+    return Kind(choice.method, choice.rank, choice.states, choice.weights, choice.ends)

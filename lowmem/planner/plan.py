@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, WithJsonSchema
 
-from lowmem.config.schema import Config, Logits, UpdateMode, WeightFormat, settled
+from lowmem.config.schema import Config, Ends, Logits, UpdateMode, WeightFormat, settled
 from lowmem.planner.advice import advice
 from lowmem.planner.quality import Penalty
 from lowmem.planner.workspaces import CUBLAS_WORKSPACE
@@ -88,14 +88,16 @@ class Choice:
     accumulate: int  # micro-batches per update
     clip: float | None
     logits: Logits = "recompute"
+    ends: Ends = "exact"  # embedding and head
 
     def sentence(self) -> str:
         """One line for people, from the method to the micro-batch."""
         rank = "" if self.rank is None else f" rank {self.rank}"
+        ends = " and ends" if self.ends == "int8" else ""
         logits = ", logits kept" if self.logits == "keep" else ""
         return (
-            f"{self.method}{rank}, {self.states} states, {self.weights} weights, {self.update}, "
-            f"recompute {self.recompute}{logits}, "
+            f"{self.method}{rank}, {self.states} states, {self.weights} weights{ends}, "
+            f"{self.update}, recompute {self.recompute}{logits}, "
             f"micro-batch {self.micro_batch} x {self.accumulate}, "
             f"clip {'off' if self.clip is None else self.clip}"
         )

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lowmem.config.schema import ModelConfig, OptimizerConfig, UpdateMode, WeightFormat
+from lowmem.config.schema import Ends, ModelConfig, OptimizerConfig, UpdateMode, WeightFormat
 from lowmem.kernels.blockwise import lookup_tables
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.kernels.random_normal import lookup_table
@@ -258,7 +258,12 @@ def rehearse(
     """
     tracker = LiveBytes("meta", scratch=attention != "cpu")
     llama = model_on_meta(
-        model, choice.weights, choice.recompute, attention, keep_logits=choice.logits == "keep"
+        model,
+        choice.weights,
+        choice.recompute,
+        attention,
+        keep_logits=choice.logits == "keep",
+        ends=choice.ends,
     )
     owner = optimizer_on_meta(llama, optimizer, choice.update)
     owner.attach(llama)
@@ -294,6 +299,7 @@ def model_on_meta(
     attention: str,
     *,
     keep_logits: bool = False,
+    ends: Ends = "exact",
 ) -> Llama:
     """The very model that would be trained, without memory."""
     return Llama(
@@ -301,6 +307,7 @@ def model_on_meta(
         dtype=compute_dtype(weights, "cpu" if attention == "cpu" else "cuda"),
         device="meta",
         int8=weights == "int8",
+        int8_ends=ends == "int8",
         recompute=recompute,
         keep_logits=keep_logits,
         attention=attention,

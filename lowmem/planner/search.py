@@ -11,7 +11,7 @@ the least rank of that class; then the rank is raised as far as these settings l
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,24 +66,39 @@ def make_plan(
     """
     if config.train.hours is not None:
         require_rates(card, "bf16" if config.train.weights == "auto" else config.train.weights)
-    job, room = Job.of(config, card), card.usable_bytes
-    rows, choice = search(job, room)
-    if choice is None and smaller is not None:
-        job, notes = _smaller_batch(job, smaller, notes)
-        rows, choice = search(job, room)
-    if choice is None:
-        smallest = least(job)
-        others = [row for row in rows if row.choice.method != smallest.method]
-        return _plan(job, smallest, [_too_large(job, smallest, room), *others], notes)
+    asked, room = Job.of(config, card), card.usable_bytes
     for _ in range(ATTEMPTS):
-        if job.memory(choice).reserved <= room:
+        said = notes
+        job, rows, choice = _with_ends(asked, room)
+        if choice is None and smaller is not None:
+            job, said = _smaller_batch(asked, smaller, notes)
+            job, rows, choice = _with_ends(job, room)
+        if choice is None or job.memory(choice).reserved <= room:
             break
-        job.learn(choice)  # what the allocator takes beyond the guess
-        rows, again = search(job, room)
-        if again is None:
-            break
-        choice = again
-    return _plan(job, choice, [*rows, *_others(job, choice, room)], notes)
+        job.learn(choice)  # what the allocator takes beyond the guess, and look again
+    if choice is not None:
+        return _plan(job, choice, _others(job, choice, rows, room), said)
+    smallest = least(job)
+    others = [row for row in rows if row.choice.method != smallest.method]
+    return _plan(job, smallest, [_too_large(job, smallest, room), *others], said)
+
+
+def _with_ends(job: Job, room: int) -> tuple[Job, list[Candidate], Choice | None]:
+    """The search with exact embedding and head, and with int8 ones where nothing fits so."""
+    rows, choice = search(job, room)
+    coarser = _coarser(job)
+    if choice is not None or coarser is None:
+        return job, rows, choice
+    return coarser, *search(coarser, room)
+
+
+def _coarser(job: Job) -> Job | None:
+    """The same job with everything in int8 that can be, None where the user wants it otherwise."""
+    train = job.config.train
+    if train.device != "cuda" or train.ends != "auto" or train.weights not in ("auto", "int8"):
+        return None
+    train = train.model_copy(update={"ends": "int8", "weights": "int8"})
+    return replace(job, config=job.config.model_copy(update={"train": train}))
 
 
 def _smaller_batch(
@@ -96,9 +111,14 @@ def _smaller_batch(
         config, said = smaller(rows)
         return replace(job, config=config, rows=rows), said
 
-    for rows in sizes if sizes and _fits_at_all(of(1)[0], job.card.usable_bytes) else []:
+    def fits(rows: int) -> bool:
+        exact = of(rows)[0]
+        ways = [each for each in (exact, _coarser(exact)) if each is not None]
+        return any(_fits_at_all(way, job.card.usable_bytes) for way in ways)
+
+    for rows in sizes if sizes and fits(1) else []:
         less, said = of(rows)
-        if _fits_at_all(less, job.card.usable_bytes):
+        if fits(rows):
             why = f"instead of {job.rows}, which do not fit on {job.card.name}"
             return less, [f"batch {rows}seq {why}", *said]
     return job, notes
@@ -229,17 +249,16 @@ def _logits(job: Job, wanted: Logits) -> Logits:
 
 
 def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None:
-    """The fastest micro-batch and recomputation that fit; of the equally fast the smallest."""
-    best: tuple[int, int, Choice] | None = None
+    """The fastest micro-batch and recomputation that fit."""
+    best: Choice | None = None
     hopes = [_hope(job, kind, mode, size) for size in _micro_batches(job, kind, mode, room)]
     for hope in sorted(hopes, key=job.seconds):
-        if best is not None and _speed_class(job, hope) > best[0]:
+        if best is not None and job.seconds(hope) >= job.seconds(best):
             break
         found = _least_recomputed(job, hope, room)
         if found is not None:
-            judged = (_speed_class(job, found), job.peak(found), found)
-            best = judged if best is None else min(best, judged, key=lambda each: each[:2])
-    return None if best is None else best[2]
+            best = found if best is None else min(best, found, key=job.seconds)
+    return best
 
 
 def _hope(job: Job, kind: Kind, mode: UpdateMode, micro: int) -> Choice:
@@ -344,30 +363,43 @@ def _too_large(job: Job, least: Choice, room: int) -> Candidate:
     return Candidate(least, False, peak, reason=f"{format_bytes(peak - room)} too much {where}")
 
 
-def _others(job: Job, choice: Choice, room: int) -> Iterator[Candidate]:
-    """What else fits: the next methods in quality, the fastest of all, and the smallest of all."""
+def _others(job: Job, choice: Choice, rows: list[Candidate], room: int) -> list[Candidate]:
+    """The table with what else fits: the next methods in quality, the fastest, and the smallest."""
     tried = families(job.config, job.model)
-    for family in _next_methods(job, tried, choice):
-        found = _best_of(job, family, room)
-        if found is None:
-            yield _rejected(job, family, room)
-        else:
-            yield Candidate(found.choice, True, job.peak(found.choice), reason="next in quality")
-    fastest = _fastest_of_all(job, tried, choice, room)
-    yield Candidate(fastest, True, job.peak(fastest), reason="fastest")
+    later = _next_methods(job, tried, choice)
+    rows = [row for row in rows if row.choice.method not in later]
+    rows += [_row_of(job, each, room) for each in later.values()]
+    rows = _labelled(rows, job, _fastest_of_all(job, tried, choice, room), "fastest")
     smallest = least(job)
-    if job.fits(smallest, room):
-        yield Candidate(smallest, True, job.peak(smallest), reason="smallest")
+    return _labelled(rows, job, smallest, "smallest") if job.fits(smallest, room) else rows
 
 
-def _next_methods(job: Job, tried: Sequence[Family], choice: Choice) -> list[Family]:
-    """The best family of each of the methods that come after the choice."""
+def _next_methods(job: Job, tried: Sequence[Family], choice: Choice) -> dict[str, list[Family]]:
+    """The families of the methods that come after the choice, best first."""
     rung = quality(kind_of(choice), job.model).rung
-    left: dict[str, Family] = {}
+    found: dict[str, list[Family]] = {}
     for family in tried:
         if family.method != choice.method and quality(family.best, job.model).rung >= rung:
-            left.setdefault(family.method, family)
-    return list(left.values())[:_BESIDE]
+            found.setdefault(family.method, []).append(family)
+    return dict(list(found.items())[:_BESIDE])
+
+
+def _row_of(job: Job, method: Sequence[Family], room: int) -> Candidate:
+    """The best settings of a method that fit, or its smallest."""
+    for family in method:
+        found = _best_of(job, family, room)
+        if found is not None:
+            return Candidate(found.choice, True, job.peak(found.choice), reason="next in quality")
+    rejected = [_rejected(job, family, room) for family in method]
+    return min(rejected, key=lambda row: row.peak_bytes)
+
+
+def _labelled(rows: list[Candidate], job: Job, choice: Choice, label: str) -> list[Candidate]:
+    """The table with what these settings are best for, in their own row if they have none."""
+    for at, row in enumerate(rows):
+        if row.choice == choice:
+            return [*rows[:at], replace(row, reason=f"{row.reason}, {label}"), *rows[at + 1 :]]
+    return [*rows, Candidate(choice, True, job.peak(choice), reason=label)]
 
 
 def _fastest_of_all(job: Job, tried: Sequence[Family], choice: Choice, room: int) -> Choice:
@@ -411,6 +443,7 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "logits": choice.logits,
             "clip": "off" if choice.clip is None else choice.clip,
             "weights": choice.weights,
+            "ends": choice.ends,
         }
     )
     return config.model_copy(update={"optimizer": optimizer, "train": train})

@@ -199,7 +199,8 @@ def operations(timed: Timed) -> Iterator[Op]:
     heads = 1 if timed.model.tie_word_embeddings else 2
     rest = heads * timed.model.vocab_size * timed.model.hidden_size
     yield from _sums(choice, rest, projected=0)
-    yield Op("optimizer", "traffic", 0, rest * _bytes_per_element(choice, Work()))
+    element = _CODE if choice.ends == "int8" else _ACTIVATION
+    yield Op("optimizer", "traffic", 0, rest * _bytes_per_element(choice, Work(), weight=element))
 
 
 def work_of(method: str) -> Work:
@@ -258,6 +259,9 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
     yield _product(tokens, vocabulary, h, products, "head and loss")
     moved = _ACTIVATION * tokens * vocabulary * PASSES["logits"]
     yield Op("head and loss", "traffic", 0, moved)
+    if choice.ends == "int8":  # the head twice; of the embedding only the tokens' rows
+        made = 2 * vocabulary * h + tokens * h
+        yield Op("dequantisation", "traffic", 0, _ACTIVATION * PASSES["codes"] * made)
     embedding = 2 * tokens * h + vocabulary * h  # rows out and in, a gradient of zeros
     yield Op("element-wise", "traffic", 0, _ACTIVATION * embedding)
 

@@ -243,6 +243,7 @@ def _declared(config: Config, device: str) -> tuple[Llama, Optimizer]:
         dtype=compute_dtype(weights, config.train.device),
         device=device,
         int8=weights == "int8",
+        int8_ends=config.train.ends == "int8",
         recompute=settled(config.train.recompute),
         keep_logits=config.train.logits == "keep",
         attention="cpu" if device == "meta" else config.train.attention,  # nothing runs there

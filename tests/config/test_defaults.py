@@ -210,4 +210,16 @@ def test_only_the_planner_is_left_with_choices() -> None:
         "train.recompute",
         "train.logits",
         "train.clip",
+        "train.ends",
     }
+
+
+def test_ends_in_codes_make_the_blocks_codes_or_contradict_them() -> None:
+    def asked(**train: str) -> Config:
+        return settle(Config.model_validate({"train": {"ends": "int8", **train}}), cuda=False)[0]
+
+    assert asked().train.weights == "int8"
+    for weights in ("fp32", "bf16"):
+        with pytest.raises(ConfigError, match=f'train.weights = "{weights}"') as caught:
+            asked(weights=weights)
+        assert "--weights int8" in caught.value.fix

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lowmem.model.llama import Llama
 
 
 class Nothing:
@@ -17,7 +19,7 @@ class Nothing:
 class Whole:
     """Shows every gradient to `show(name, gradient)`: those in row slices when complete."""
 
-    def __init__(self, model: nn.Module, show: Callable[[str, Tensor], None]) -> None:
+    def __init__(self, model: Llama, show: Callable[[str, Tensor], None]) -> None:
         self.receive = show
         self._model = model
         self._slices: dict[str, list[Tensor]] = {}
@@ -26,5 +28,5 @@ class Whole:
         slices = self._slices.setdefault(name, [])
         assert start == sum(map(len, slices)), (name, start)
         slices.append(rows)
-        if start + len(rows) == len(self._model.get_parameter(name)):
+        if start + len(rows) == self._model.weights()[name].shape[0]:
             self.receive(name, torch.cat(self._slices.pop(name)))

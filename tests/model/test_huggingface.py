@@ -43,8 +43,11 @@ class FakeTokenizer:
         return {"t": b""}
 
 
-def small(dtype: torch.dtype = torch.float32, int8: bool = False, **changes: Any) -> Llama:
-    model = Llama(ModelConfig(**{**FIELDS, **changes}), dtype=dtype, device="cpu", int8=int8)
+def small(
+    dtype: torch.dtype = torch.float32, int8: bool = False, int8_ends: bool = False, **changes: Any
+) -> Llama:
+    config = ModelConfig(**{**FIELDS, **changes})
+    model = Llama(config, dtype=dtype, device="cpu", int8=int8, int8_ends=int8_ends)
     model.initialise(0)
     return model
 
@@ -146,11 +149,14 @@ def test_a_damaged_folder_is_refused_by_name(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", ["plain", "tied", "biases"])
-def test_codes_are_read_back_unchanged(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    ours = small(dtype, int8=True, **SHAPES[shape])
+@pytest.mark.parametrize("ends", [False, True])
+def test_codes_are_read_back_unchanged(
+    ends: bool, shape: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    ours = small(dtype, int8=True, int8_ends=ends, **SHAPES[shape])
     save_folder(ours, tmp_path)
     again = load_folder(tmp_path, dtype, "cpu")
-    assert again.int8
+    assert (again.int8, again.int8_ends) == (True, ends)
     stored = again.state_dict()
     assert stored.keys() == ours.state_dict().keys()
     for name, value in ours.state_dict().items():
@@ -166,10 +172,11 @@ def test_transformers_refuses_codes_instead_of_drawing_random_weights(tmp_path: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", ["plain", "tied", "biases"])
+@pytest.mark.parametrize("ends", [False, True])
 def test_transformers_reads_what_codes_became(
-    shape: str, dtype: torch.dtype, tmp_path: Path
+    ends: bool, shape: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    ours = small(dtype, int8=True, **SHAPES[shape])
+    ours = small(dtype, int8=True, int8_ends=ends, **SHAPES[shape])
     save_folder(ours, tmp_path / "codes")
     shutil.copytree(tmp_path / "codes", tmp_path / "floats", ignore=lambda *_: {CODES})
     write_floats(tmp_path / "codes", tmp_path / "floats")
@@ -190,6 +197,13 @@ def test_codes_and_floats_are_not_mixed_up(into_codes: bool, tmp_path: Path) -> 
     save_folder(small(int8=not into_codes), tmp_path)
     with pytest.raises(CheckpointError, match=r"_proj\.\w+ is no weight of this model"):
         load_weights(small(int8=into_codes), tmp_path)
+
+
+@pytest.mark.parametrize("into_codes", [False, True])
+def test_ends_in_codes_and_in_floats_are_not_mixed_up(into_codes: bool, tmp_path: Path) -> None:
+    save_folder(small(int8=True, int8_ends=not into_codes), tmp_path)
+    with pytest.raises(CheckpointError, match=r"\.\w+ is no weight of this model"):
+        load_weights(small(int8=True, int8_ends=into_codes), tmp_path)
 
 
 def test_codes_of_another_shape_do_not_become_floats(tmp_path: Path) -> None:

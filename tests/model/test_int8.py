@@ -101,10 +101,12 @@ def test_one_slice_is_all_the_full_precision_there_is(
         assert tracker.peak == before + made + one
 
 
-def models(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Llama, Llama]:
+def models(
+    dtype: torch.dtype = torch.float32, *, int8_ends: bool = False, **changes: Any
+) -> tuple[Llama, Llama]:
     """A model in codes, and one with the values of its codes."""
     config = ModelConfig(**{**FIELDS, **changes})
-    coded = Llama(config, dtype=dtype, device="cpu", int8=True)
+    coded = Llama(config, dtype=dtype, device="cpu", int8=True, int8_ends=int8_ends)
     plain = Llama(config, dtype=dtype, device="cpu")
     coded.initialise(3)
     with torch.no_grad():
@@ -140,6 +142,56 @@ def test_a_model_in_codes_has_the_bits_of_one_with_their_values(
     assert torch.equal(coded.logits(tokens), plain.logits(tokens))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep_logits", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("hidden_size", [32, 128])  # rows inside of groups, and whole groups
+def test_ends_in_codes_have_the_bits_of_their_values(
+    hidden_size: int,
+    tied: bool,
+    keep_logits: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", 16)  # four slices
+    coded, plain = models(dtype, int8_ends=True, hidden_size=hidden_size, tie_word_embeddings=tied)
+    coded.keep_logits = plain.keep_logits = keep_logits
+    assert isinstance(coded.head_weight, GroupedWeight)
+    (mine, made), (theirs, expected) = gradients(coded), gradients(plain)
+    assert torch.equal(mine, theirs)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], expected[name]) for name in made)
+    tokens = torch.arange(24).reshape(2, 12)
+    assert torch.equal(coded.logits(tokens), plain.logits(tokens))
+    assert torch.equal(coded.loss_sum(tokens, tokens), plain.loss_sum(tokens, tokens))
+    drawn = [model.drawn_loss(tokens, tokens, 24, seed=1).detach() for model in (coded, plain)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("width", [5, 48, 128, 256])
+def test_picked_rows_are_those_of_the_whole(width: int) -> None:
+    weight = GroupedWeight.of(draw(61, width), GROUP)
+    index = torch.tensor([60, 0, 3, 3, 59])
+    assert torch.equal(weight.picked(index), weight.values()[index])
+
+
+def test_a_lookup_and_a_head_never_make_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", 16)
+    coded, _ = models(int8_ends=True)
+    made: list[int] = []
+    plain = GroupedWeight.values
+
+    def counting(weight: GroupedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+        if weight.shape[1] == 32:
+            made.append(weight.shape[0])
+        return plain(weight, dtype)
+
+    monkeypatch.setattr(GroupedWeight, "values", counting)
+    coded.model.layers = torch.nn.ModuleList()
+    gradients(coded)
+    assert made == 2 * [16, 16, 16, 13]
+
+
 def test_weights_have_the_names_the_order_and_the_roles_of_a_float_model() -> None:
     coded, plain = models(attention_bias=True, tie_word_embeddings=True)
     assert list(coded.weights()) == list(plain.weights())
@@ -169,7 +221,7 @@ def test_initial_codes_are_those_nearest_to_the_float_weights(
     plain.initialise(5)
     for elements in (2**24, 16 * 32):  # the second draws and quantises in many slices
         monkeypatch.setattr("lowmem.model.llama._DRAWN_ELEMENTS", elements)
-        coded = Llama(config, dtype=torch.float32, device="cpu", int8=True)
+        coded = Llama(config, dtype=torch.float32, device="cpu", int8=True, int8_ends=True)
         coded.initialise(5)
         for name, weight in coded.weights().items():
             exact = plain.get_parameter(name)

@@ -21,6 +21,7 @@ from lowmem.optim.formats import BFloat16, Blockwise8, Float32
 from lowmem.optim.method import Dense, Projected
 from lowmem.optim.methods import METHODS
 from lowmem.optim.projectors import SVD
+from lowmem.optim.random_projectors import RandomNormal
 from lowmem.optim.rules import Adam
 
 MODEL = ModelConfig.model_validate(
@@ -120,7 +121,7 @@ def test_a_table_of_ranks_by_role() -> None:
 
 @pytest.mark.parametrize(("given", "missing"), [("mlp", "attention"), ("attention", "mlp")])
 def test_a_table_must_name_both_roles(given: str, missing: str) -> None:
-    with pytest.raises(ConfigError, match=f"optimizer.rank has no entry for '{missing}'") as caught:
+    with pytest.raises(ConfigError, match=f"optimizer.rank has no entry for '{missing}") as caught:
         assigned(method="galore", rank={given: 8})
     assert caught.value.why == f"it has: {given}"
     assert f'add "{missing}"' in caught.value.fix
@@ -181,6 +182,15 @@ def test_the_rest_can_be_kept_otherwise(rest: dict[str, Any], formats: object) -
 def test_another_method_for_the_rest_takes_nothing_from_the_main_one() -> None:
     groups = assigned(method="galore", rank=4, betas=[0.5, 0.5], rest={"method": "adamw"})
     assert adam_of(groups["head"][0][0].method) == Adam()
+
+
+def test_apollo_of_the_rest_has_embedding_and_head_as_its_matrices() -> None:
+    groups = assigned(method="galore", rank=4, rest={"method": "apollo_mini"})
+    for role in ("embedding", "head"):
+        method = groups[role][0][0].method
+        assert isinstance(method, Projected)
+        assert method.projector == RandomNormal(1)
+    assert isinstance(groups["norm"][0][0].method, Dense)
 
 
 def test_the_rest_cannot_be_projected() -> None:

@@ -229,7 +229,9 @@ def test_the_model_draws_its_own_targets() -> None:
     drawn_loss.backward()
     with torch.no_grad():
         x = model._final(inputs)
-    drawn = drawn_targets(x, model.head_weight.detach(), targets.flatten(), 9).view(2, 10)
+    drawn = drawn_targets(
+        x, model.get_parameter("lm_head.weight").detach(), targets.flatten(), 9
+    ).view(2, 10)
     assert not torch.equal(drawn, targets)
     model.sink = Whole(model, made[1].__setitem__)
     loss = model.loss(inputs, drawn, 17)

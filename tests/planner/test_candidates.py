@@ -3,6 +3,7 @@
 import itertools
 import re
 import tomllib
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -21,6 +22,7 @@ from lowmem.planner.candidates import (
     clip_of,
     families,
     modes,
+    quality,
     sheet_settings,
 )
 
@@ -338,6 +340,22 @@ def test_the_largest_rank_that_fits_may_be_any() -> None:
 def test_weights_are_exact_first_or_as_asked(train: dict[str, Any], formats: list[str]) -> None:
     asked = config(train=train, optimizer={"method": "galore", "states": "8bit"})
     assert [family.weights for family in families(asked, read_preset("llama-7b"))] == formats
+
+
+def test_ends_are_as_asked_and_doubted_where_nothing_is_published() -> None:
+    exact, coded = (
+        families(
+            config(train={"device": "cuda", "weights": "int8", "ends": ends}),
+            read_preset("llama-7b"),
+        )
+        for ends in ("exact", "int8")
+    )
+    assert {family.best.ends for family in coded} == {"int8"}
+    assert {family.best.ends for family in exact} == {"exact"}
+    model = read_preset("llama-7b")
+    for family in exact:
+        kind = family.best
+        assert quality(replace(kind, ends="int8"), model).nats > quality(kind, model).nats
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Composed peaks against rehearsals of the whole model, to the byte."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,14 +29,20 @@ def model(blocks: int, **changes: Any) -> ModelConfig:
     return ModelConfig.model_validate(fields)
 
 
-def both(config: ModelConfig, how: Choice, attention: str) -> tuple[int, int]:
+def both(config: ModelConfig, how: Choice, attention: str, rest: str = "auto") -> tuple[int, int]:
     """(composed, rehearsed)."""
     card = find_card("24GB", "cuda")
     rows = how.micro_batch * how.accumulate
     job = Job(Config(), card, config, rows, SEQ_LEN, attention)
     optimizer = OptimizerConfig.model_validate(
-        {"method": how.method, "rank": how.rank or "auto", "states": how.states}
+        {
+            "method": how.method,
+            "rank": how.rank or "auto",
+            "states": how.states,
+            "rest": {"method": rest},
+        }
     )
+    job = replace(job, config=Config(optimizer=OptimizerConfig(rest=optimizer.rest)))
     whole = rehearse(config, optimizer, how, SEQ_LEN, attention=attention)
     return job.tensors(how) - job.workspace, whole.tensors
 
@@ -69,4 +76,12 @@ def test_composed_is_rehearsed(method: str, mode: str, accumulate: int, attentio
     # One level per case keeps this fast; all levels meet all modes over the methods.
     recompute = RECOMPUTE[(list(METHODS).index(method) + accumulate) % len(RECOMPUTE)]
     composed, rehearsed = both(model(5), choice(method, mode, accumulate, recompute), attention)
+    assert composed == rehearsed
+
+
+@pytest.mark.parametrize("rest", ["adam8bit", "apollo_mini"])
+@pytest.mark.parametrize(("mode", "accumulate"), MODES)
+def test_composed_is_rehearsed_with_ends_in_codes(mode: str, accumulate: int, rest: str) -> None:
+    how = replace(choice("galore", mode, accumulate, "full"), weights="int8", ends="int8")
+    composed, rehearsed = both(model(5), how, "flash", rest)
     assert composed == rehearsed

@@ -69,6 +69,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
         "accumulate": 3,
         "clip": 1.0,
         "logits": "recompute",
+        "ends": "exact",
     }
     assert record == {
         "schema_version": 2,

@@ -58,6 +58,7 @@ def real_peak(
         dtype=compute_dtype(how.weights, "cpu"),
         device="cpu",
         int8=how.weights == "int8",
+        int8_ends=how.ends == "int8",
         recompute=how.recompute,
         keep_logits=how.logits == "keep",
     )
@@ -133,6 +134,23 @@ def test_slices_of_the_vocabulary_are_rehearsed_to_the_byte(
     optimizer = OptimizerConfig.model_validate({"method": method})
     shape = MODEL.model_copy(update={"num_hidden_layers": 1, "tie_word_embeddings": tied})
     how = replace(choice(mode, "full", weights, accumulate), logits=logits)
+    rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
+    assert rehearsed.tensors == real_peak(optimizer, how, 32, shape)
+
+
+@pytest.mark.parametrize(("width", "tied"), [(64, True), (128, False)])  # rows inside of groups
+@pytest.mark.parametrize(
+    ("mode", "accumulate"), [("unfused", 1), ("fused+subspace", 3), ("fused", 1)]
+)
+@pytest.mark.parametrize("rest", ["adam8bit", "scale", "apollo_mini"])
+def test_ends_in_codes_are_rehearsed_to_the_byte(
+    rest: str, mode: str, accumulate: int, width: int, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", 192)
+    optimizer = OptimizerConfig.model_validate({"method": "apollo_mini", "rest": {"method": rest}})
+    changes = {"num_hidden_layers": 1, "tie_word_embeddings": tied, "hidden_size": width}
+    shape = MODEL.model_copy(update=changes)
+    how = replace(choice(mode, "full", "int8", accumulate), ends="int8")
     rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
     assert rehearsed.tensors == real_peak(optimizer, how, 32, shape)
 

@@ -14,7 +14,7 @@ from lowmem.optim.methods import METHODS, MethodSpec
 from lowmem.planner.candidates import Kind, modes
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job
-from lowmem.planner.plan import Plan
+from lowmem.planner.plan import SCHEMA_VERSION, Plan
 from lowmem.planner.search import make_plan
 from lowmem.units import GIB
 
@@ -34,7 +34,10 @@ def test_seven_billion_fit_24gb_with_the_best_published_method() -> None:
     assert plan.quality.nats == pytest.approx(math.log(12.59 / 14.61))
     assert "arXiv:2506.16659" in plan.quality.source
     assert plan.candidates[0].quality == plan.quality
-    assert [row.choice.method for row in plan.candidates[1:]] == ["apollo", "apollo_mini"]
+    shown = [(row.choice.method, row.reason) for row in plan.candidates[1:3]]
+    assert shown == [("apollo", "next in quality"), ("apollo_mini", "next in quality")]
+    assert [row.reason for row in plan.candidates[3:]] == ["fastest", "smallest"]
+    assert plan.candidates[0].reason == "chosen"
     said = json.loads(json.dumps(plan.to_json()))
     assert said["quality"]["source"] == said["candidates"][0]["quality"]["source"]
     assert said["quality"]["nats"] == pytest.approx(-0.149, abs=1e-3)
@@ -42,7 +45,7 @@ def test_seven_billion_fit_24gb_with_the_best_published_method() -> None:
     assert plan.memory.tensors <= plan.memory.allocated <= plan.memory.reserved
     assert plan.memory.reserved <= plan.card.usable_bytes
     assert sum(plan.memory.parts.values()) == plan.memory.tensors
-    assert said["schema_version"] == 1
+    assert said["schema_version"] == SCHEMA_VERSION
 
 
 def test_adamw_at_7b_does_not_fit_and_says_what_helps() -> None:

@@ -150,7 +150,7 @@ def test_saving_an_earlier_update_keeps_those_that_come_after(make: Callable[...
 
 def test_saving_an_update_again_replaces_it(parts: Parts) -> None:
     parts.save(1)
-    parts.model.head_weight.data.fill_(7.0)
+    parts.model.get_parameter("lm_head.weight").data.fill_(7.0)
     folder = parts.save(1)
     weights = dict(read_tensors(folder / "model" / "model.safetensors"))
     assert (weights["lm_head.weight"] == 7.0).all()
@@ -234,10 +234,10 @@ def test_a_manifest_without_weights_is_refused(parts: Parts) -> None:
 def test_a_damaged_checkpoint_changes_nothing_when_it_is_restored(parts: Parts) -> None:
     folder = parts.save(1)
     (folder / "optimizer" / "state.safetensors").unlink()
-    parts.model.head_weight.data.fill_(7.0)
+    parts.model.get_parameter("lm_head.weight").data.fill_(7.0)
     with pytest.raises(CheckpointError):
         restore(folder, parts.model, parts.optimizer, parts.batches, parts.corpus)
-    assert (parts.model.head_weight == 7.0).all()
+    assert (parts.model.get_parameter("lm_head.weight") == 7.0).all()
 
 
 def test_a_checkpoint_of_a_newer_schema_is_refused(parts: Parts) -> None:
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_a_newer_schema_is_refused(parts: Parts) -> None:
 def test_export_gives_the_model_folder_of_a_run_or_checkpoint(parts: Parts, tmp_path: Path) -> None:
     parts.save(1)
     older = contents(parts.run.latest() / "model")
-    parts.model.head_weight.data.fill_(7.0)
+    parts.model.get_parameter("lm_head.weight").data.fill_(7.0)
     newest = parts.save(2)
     for source, expected in [
         (parts.run.folder, newest / "model"),

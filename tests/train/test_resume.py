@@ -129,6 +129,24 @@ def test_every_method_resumes_bit_for_bit(
     assert hashes(cut) == hashes(whole)
 
 
+@pytest.mark.parametrize("rest", ["adam8bit", "apollo_mini"])
+@pytest.mark.parametrize("mode", MODES)
+def test_ends_in_codes_resume_bit_for_bit(
+    mode: str, rest: str, tiny_config: MakeConfig, tiny_corpus: Corpus
+) -> None:
+    how = {"update": mode, "weights": "int8", "ends": "int8"}
+    optimizer = {"method": "apollo_mini", "gap": 2, "rest": {"method": rest}}
+    config = ready(tiny_config(optimizer=optimizer, train=how))
+    whole = Run.create(in_folder(config, "whole"), None)
+    train(whole, tiny_corpus, silent)
+    cut = Run.create(in_folder(config, "cut"), None)
+    with pytest.raises(Stopped, match="SIGTERM after 3 updates"):
+        train(cut, tiny_corpus, stop_after(2))
+    train(Run.open(cut.folder), tiny_corpus, silent)
+    assert told(cut) == told(whole)
+    assert hashes(cut) == hashes(whole)
+
+
 def test_metrics_beyond_the_checkpoint_are_made_again(
     tiny_config: MakeConfig, tiny_corpus: Corpus
 ) -> None:
