@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.cli import doctor, doctor_disk, doctor_resume
-from lowmem.cli.doctor_resume import trial, trial_methods
+from lowmem.cli.doctor_resume import METHODS, trial
 from lowmem.cli.main import run
 from lowmem.data.shards import Corpus
 from lowmem.train.run import Run
@@ -89,7 +89,7 @@ def test_the_disk_is_measured_and_set_against_a_model(
 
 @pytest.mark.parametrize("kills", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_killed_runs_continue_bit_for_bit(kills: int, tiny_corpus: Corpus, tmp_path: Path) -> None:
-    methods = list(trial_methods().items())
+    methods = list(METHODS.items())
     for name, sections in methods[: 1 if kills == 1 else None]:
         found = trial(name, sections, kills, tmp_path, tiny_corpus)
         assert found.passed, found
