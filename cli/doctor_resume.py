@@ -33,7 +33,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "apollo": {"optimizer": {"method": "apollo"}},
     "q_galore int8": {"optimizer": {"method": "q_galore"}, "train": {"weights": "int8"}},
 }
-WITHOUT_INT8 = {"fira bf16": {"optimizer": {"method": "fira", "states": "bf16"}}}
 _UPDATES_PER_KILL = 8
 _SLOWEST_START = 300.0  # seconds until the first update of a process
 _TINY = {
@@ -98,22 +97,14 @@ def run_trials(folder: Path, kills: int, say: Callable[[str], None]) -> list[Tri
 
     say("preparing the corpus `sample`")
     corpus = sample_corpus()
-    methods = trial_methods()
-    shares = [kills // len(methods) + (n < kills % len(methods)) for n in range(len(methods))]
+    count = len(METHODS)
+    shares = [kills // count + (n < kills % count) for n in range(count)]
     trials = []
-    for (name, sections), share in zip(methods.items(), shares, strict=True):
+    for (name, sections), share in zip(METHODS.items(), shares, strict=True):
         began = time.monotonic()
         trials.append(trial(name, sections, share, folder, corpus))
         say(f"{name}: {share} kills, {time.monotonic() - began:.0f} s")
     return trials
-
-
-def trial_methods() -> dict[str, dict[str, Any]]:
-    """The methods of a trial; integer weights where this lowmem has them."""
-    weights = Config.model_json_schema()["$defs"]["TrainConfig"]["properties"]["weights"]
-    if "int8" in str(weights):
-        return METHODS
-    return {name: m for name, m in METHODS.items() if "train" not in m} | WITHOUT_INT8
 
 
 def trial(name: str, sections: dict[str, Any], kills: int, folder: Path, corpus: Corpus) -> Trial:

@@ -52,6 +52,9 @@ class Given:
 SETTINGS = (
     Setting("--model", "NAME|PATH", "a preset such as llama-60m, or a config.json", MODEL),
     Setting("--gpu", "24GB|CARD|auto", "memory or card to plan for; auto measures", MODEL),
+    Setting(
+        "--others", "SIZE", "what other programs use of the card; 0MiB without a desktop", MODEL
+    ),
     Setting("--device", "auto|cpu|cuda", "where to compute", MODEL),
     Setting("--seed", "N", "of weights, data order and rounding (default 0)", MODEL),
     Setting("--update", "MODE", "unfused, fused+subspace or fused", MEMORY),

@@ -9,10 +9,11 @@ from typing import Any
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.cli.settings import no_cuda
-from lowmem.errors import CheckpointError, ConfigError
+from lowmem.errors import CheckpointError, ConfigError, short
 from lowmem.model.huggingface import float_weights, in_codes
 from lowmem.train.checkpoint import model_folder
 
+_MOST_TOKENS = 10**6  # more is a slip, and would not end
 _COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, logits over temperature leave float32's range
 
 
@@ -41,6 +42,12 @@ def sample(
 
 def _require(prompt: str, choice: Choice) -> None:
     """ConfigError for what would only fail once the model is there."""
+    if choice.tokens > _MOST_TOKENS:
+        raise ConfigError(
+            f"--tokens {short(str(choice.tokens))} is too large",
+            f"allowed: 1 to {_MOST_TOKENS}",
+            "--tokens 200",
+        )
     if not 0 <= choice.seed < 2**63:
         raise ConfigError(
             f"--seed {choice.seed} is too large", "allowed: 0 to 2^63 - 1", "--seed 0"

@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lowmem.config.defaults import settle
 from lowmem.config.flags import FLAGS
 from lowmem.config.load import Loaded, flatten, load
 from lowmem.config.presets import resolve_model
-from lowmem.config.schema import Config
+from lowmem.config.schema import Config, settled
 from lowmem.config.toml import toml_value
 from lowmem.data.cache import cache_home
 from lowmem.errors import HardwareError, PlanError
@@ -43,6 +44,8 @@ def planned(config: Config, *, for_this_machine: bool, reuse: bool = False) -> P
     given = config
     config, notes = settle(given, cuda=cuda)
     card = find_card(config.gpu, "cuda" if cuda else "cpu")
+    if config.others != "auto":
+        card = replace(card, others=settled(config.others))
     folder, key = cache_home() / "plans", plan_key(config, card, notes)
     kept = kept_plan(folder, key) if reuse else None
     if kept is not None:

@@ -3,6 +3,7 @@
 FLAGS = {
     "--model": "model",
     "--gpu": "gpu",
+    "--others": "others",
     "--data": "data.source",
     "--tokenizer": "data.tokenizer",
     "--seq-len": "data.seq_len",

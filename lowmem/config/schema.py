@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from lowmem.config.recompute import checked
-from lowmem.units import parse_batch, parse_count
+from lowmem.units import parse_batch, parse_bytes, parse_count
 
 Auto = Literal["auto"]
 StateFormat = Literal["fp32", "bf16", "8bit"]
@@ -53,6 +53,9 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=10**18)]
 
 Recompute = Annotated[str, AfterValidator(checked)]
 """A level, or levels from the last block downwards: see `config/recompute.py`."""
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+"""Memory that may be written "300MiB"."""
 
 Rank = Size | Annotated[float, Field(gt=0.0, lt=1.0)]
 """A number of dimensions, or a fraction of a matrix's shorter side."""
@@ -370,6 +373,10 @@ class Config(Section):
     )
     gpu: str = Field(
         default="auto", description='"24GB", "24GiB", a card such as rtx4090, or "auto"'
+    )
+    others: Auto | Bytes = Field(
+        default="auto",
+        description="memory that other programs use on the card, e.g. 0MiB; auto: a desktop's",
     )
     data: DataConfig = Field(default_factory=DataConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)

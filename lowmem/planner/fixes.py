@@ -13,14 +13,17 @@ MOST = 4
 
 
 def fixes(job: Job, choice: Choice, memory: Memory) -> Iterator[Fix]:
-    """Changes that help, the largest gain first; at most MOST."""
+    """Changes that help, those that suffice and the largest gain first; at most MOST."""
     found = []
     for flags, other in _variations(job, choice):
         peak = job.peak(other)
         if peak < memory.reserved:
             fits = peak <= job.card.usable_bytes
             found.append(Fix(flags, memory.reserved - peak, fits))
-    yield from sorted(found, key=lambda fix: -fix.saves)[:MOST]
+    if job.card.others and job.card.source == "preset":
+        fits = memory.reserved <= job.card.usable_bytes + job.card.others
+        found.append(Fix("--others 0MiB", job.card.others, fits))
+    yield from sorted(found, key=lambda fix: (not fix.fits, -fix.saves))[:MOST]
 
 
 def _variations(job: Job, choice: Choice) -> Iterator[tuple[str, Choice]]:

@@ -66,24 +66,39 @@ def make_plan(
     """
     if config.train.hours is not None:
         require_rates(card, "bf16" if config.train.weights == "auto" else config.train.weights)
-    job, room = Job.of(config, card), card.usable_bytes
-    rows, choice = search(job, room)
-    if choice is None and smaller is not None:
-        job, notes = _smaller_batch(job, smaller, notes)
-        rows, choice = search(job, room)
-    if choice is None:
-        smallest = least(job)
-        others = [row for row in rows if row.choice.method != smallest.method]
-        return _plan(job, smallest, [_too_large(job, smallest, room), *others], notes)
+    asked, room = Job.of(config, card), card.usable_bytes
     for _ in range(ATTEMPTS):
-        if job.memory(choice).reserved <= room:
+        said = notes
+        job, rows, choice = _with_ends(asked, room)
+        if choice is None and smaller is not None:
+            job, said = _smaller_batch(asked, smaller, notes)
+            job, rows, choice = _with_ends(job, room)
+        if choice is None or job.memory(choice).reserved <= room:
             break
-        job.learn(choice)  # what the allocator takes beyond the guess
-        rows, again = search(job, room)
-        if again is None:
-            break
-        choice = again
-    return _plan(job, choice, _others(job, choice, rows, room), notes)
+        job.learn(choice)  # what the allocator takes beyond the guess, and look again
+    if choice is not None:
+        return _plan(job, choice, _others(job, choice, rows, room), said)
+    smallest = least(job)
+    others = [row for row in rows if row.choice.method != smallest.method]
+    return _plan(job, smallest, [_too_large(job, smallest, room), *others], said)
+
+
+def _with_ends(job: Job, room: int) -> tuple[Job, list[Candidate], Choice | None]:
+    """The search with exact embedding and head, and with int8 ones where nothing fits so."""
+    rows, choice = search(job, room)
+    coarser = _coarser(job)
+    if choice is not None or coarser is None:
+        return job, rows, choice
+    return coarser, *search(coarser, room)
+
+
+def _coarser(job: Job) -> Job | None:
+    """The same job with everything in int8 that can be, None where the user wants it otherwise."""
+    train = job.config.train
+    if train.device != "cuda" or train.ends != "auto" or train.weights not in ("auto", "int8"):
+        return None
+    train = train.model_copy(update={"ends": "int8", "weights": "int8"})
+    return replace(job, config=job.config.model_copy(update={"train": train}))
 
 
 def _smaller_batch(
@@ -96,9 +111,14 @@ def _smaller_batch(
         config, said = smaller(rows)
         return replace(job, config=config, rows=rows), said
 
-    for rows in sizes if sizes and _fits_at_all(of(1)[0], job.card.usable_bytes) else []:
+    def fits(rows: int) -> bool:
+        exact = of(rows)[0]
+        ways = [each for each in (exact, _coarser(exact)) if each is not None]
+        return any(_fits_at_all(way, job.card.usable_bytes) for way in ways)
+
+    for rows in sizes if sizes and fits(1) else []:
         less, said = of(rows)
-        if _fits_at_all(less, job.card.usable_bytes):
+        if fits(rows):
             why = f"instead of {job.rows}, which do not fit on {job.card.name}"
             return less, [f"batch {rows}seq {why}", *said]
     return job, notes

@@ -19,6 +19,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from lowmem import __version__
 from lowmem.config.schema import Config
 from lowmem.data.batches import Batches
@@ -39,6 +42,7 @@ from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
 from lowmem.tensorfile import read_tensors, sha256_of, stays_inside, write_tensors
 from lowmem.train.convert import settings_of, take_over
+from lowmem.train.divergence import Memory
 from lowmem.train.events import Converted
 from lowmem.train.retention import superseded
 from lowmem.train.run import MANIFEST, REPLACED, Run, complete_in, update_of
@@ -293,6 +297,19 @@ _STATE_TYPES = {
 }
 
 
+class _Best(TypedDict):
+    update: int
+    loss: float
+
+
+class _Carried(TypedDict, total=False):
+    guard: Memory
+    best: _Best | None
+
+
+_CARRIED = TypeAdapter(_Carried)
+
+
 def _check_state(folder: Path, state: dict[str, Any]) -> None:
     """CheckpointError for a state.json that the manifest vouches for and that makes no sense."""
     for key, kind in _STATE_TYPES.items():
@@ -307,6 +324,11 @@ def _check_state(folder: Path, state: dict[str, Any]) -> None:
             type(n) in (int, float) for n in numbers.values()
         ):
             raise _damaged(folder, f"{folder / STATE} has no counters for {short(name)}")
+    try:
+        _CARRIED.validate_json(json.dumps(state["carried"]), strict=True)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise _damaged(folder, f"{folder / STATE} carries something odd: {short(where)}") from None
 
 
 def model_folder(path: Path) -> Path:

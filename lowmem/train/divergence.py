@@ -22,9 +22,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from lowmem.config.schema import CALM, GuardConfig
 from lowmem.data.batches import Batches
@@ -50,13 +51,25 @@ class RollBack:
     number: int
 
 
+class Memory(TypedDict):
+    """A `Guard` without its configuration, as plain JSON."""
+
+    losses: list[float]
+    norms: list[float]
+    first_bad: int | None
+    last_bad: int
+    bad: int
+    rollbacks: int
+    left_out: list[tuple[int, int]]
+
+
 @dataclass
 class Guard:
     """What is remembered of good and bad updates.
 
     losses, norms: of the last good ones. first_bad, bad: of the incident that is going on, None
-    and 0 without. last_bad: the end of the last. rollbacks: of this incident. left_out: [first,
-    last] of the batches that rollbacks stepped past.
+    and 0 without. last_bad: the end of the last. rollbacks: of this incident. left_out: (first,
+    last) of the batches that rollbacks stepped past.
     """
 
     config: GuardConfig
@@ -66,18 +79,27 @@ class Guard:
     last_bad: int = -1
     bad: int = 0
     rollbacks: int = 0
-    left_out: list[list[int]] = field(default_factory=list)
+    left_out: list[tuple[int, int]] = field(default_factory=list)
 
     @staticmethod
-    def of(config: GuardConfig, state: dict[str, Any] | None) -> "Guard":
+    def of(config: GuardConfig, state: Memory | None) -> "Guard":
         """As `state` says, which `Guard.state` has made; None: at the beginning of a run."""
-        guard = Guard(config, **(state or {}))
-        guard.losses = deque(guard.losses, config.window)
-        guard.norms = deque(guard.norms, config.window)
-        return guard
+        if state is None:
+            return Guard(config, deque(maxlen=config.window), deque(maxlen=config.window))
+        losses, norms = (deque(state[key], config.window) for key in ("losses", "norms"))
+        return Guard(
+            config,
+            losses,
+            norms,
+            state["first_bad"],
+            state["last_bad"],
+            state["bad"],
+            state["rollbacks"],
+            [(first, last) for first, last in state["left_out"]],
+        )
 
-    def state(self) -> dict[str, Any]:
-        """Everything but the configuration, as plain JSON."""
+    def state(self) -> Memory:
+        """Everything but the configuration."""
         return {
             "losses": list(self.losses),
             "norms": list(self.norms),
@@ -85,7 +107,7 @@ class Guard:
             "last_bad": self.last_bad,
             "bad": self.bad,
             "rollbacks": self.rollbacks,
-            "left_out": [list(pair) for pair in self.left_out],
+            "left_out": list(self.left_out),
         }
 
     def leaves_out(self, update: int) -> bool:
@@ -136,7 +158,7 @@ class Guard:
         """This is the memory of the checkpoint that the run has gone back to."""
         self.first_bad, self.bad = None, self.config.skips  # the next bad one goes back at once
         self.rollbacks, self.last_bad = made.number, made.last
-        self.left_out.append([made.first, made.last])
+        self.left_out.append((made.first, made.last))
 
 
 def robust_score(value: float, known: Iterable[float], least: float) -> tuple[float, float]:

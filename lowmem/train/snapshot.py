@@ -17,7 +17,8 @@ Named = list[tuple[str, Tensor]]
 class Position:
     """Where a run stands: updates done, target tokens seen, and what later decisions depend on.
 
-    carried: plain JSON by subject: "guard" and "best".
+    carried: "guard" (`divergence.Memory`) and "best" ({"update", "loss"}, None before there is
+    one), as plain JSON.
     """
 
     update: int = 0

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli import doctor, doctor_resume
-from lowmem.cli.doctor_resume import trial, trial_methods
+from lowmem.cli import doctor, doctor_disk, doctor_resume
+from lowmem.cli.doctor_resume import METHODS, trial
 from lowmem.cli.main import run
 from lowmem.data.shards import Corpus
 from lowmem.train.run import Run
@@ -70,20 +70,26 @@ def test_contradicting_examinations_are_refused(
 
 
 def test_the_disk_is_measured_and_set_against_a_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--out", str(tmp_path / "runs"), "--model", "llama-9m", "--method", "adamw", "--json"]
-    assert run(["doctor", "--disk", *flags]) == 0
+    monkeypatch.setattr(doctor_disk, "_WRITTEN", 2**24)
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[optimizer]\nstates = "fp32"\n[train]\ndevice = "cpu"\nupdate = "unfused"\n'
+        'recompute = "keep"\nbatch = "2seq"\nmicro_batch = 2\n'
+    )
+    flags = ["--out", str(tmp_path / "runs"), "--model", "llama-tiny", "--method", "adamw"]
+    assert run(["doctor", "--disk", "--config", str(file), *flags, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["disk"]["bytes_per_second"] > 0
     assert found["need"]["fits"] is True
     assert found["need"]["together"] == 4 * found["need"]["checkpoint"] > 0
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_killed_runs_continue_bit_for_bit(kills: int, tiny_corpus: Corpus, tmp_path: Path) -> None:
-    methods = list(trial_methods().items())
+    methods = list(METHODS.items())
     for name, sections in methods[: 1 if kills == 1 else None]:
         found = trial(name, sections, kills, tmp_path, tiny_corpus)
         assert found.passed, found

@@ -194,6 +194,54 @@ def test_methods_that_need_float_weights_refuse_codes(
     assert 'train.weights = "int8"' in refused(capsys, 2, ["train", *where, *how])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--seed", str(2**63)], "is too large"),
+        (["--tokens", "9" * 30], "allowed: 1 to 1000000"),
+        (["--temperature", "1e-30"], "draws no token"),
+        (["--temperature", "1e9"], "draws no token"),
+        (["--prompt", "a\udce4"], "no UTF-8"),
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_what_no_text_can_be_drawn_with_is_refused(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in refused(capsys, 2, ["sample", "runs/one", "--prompt", "a", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("model.safetensors", b"\xff" * 99), ("tokenizer.json", b"[1, 2]")]
+)
+def test_a_folder_that_transformers_cannot_read_is_told(
+    file: str, content: bytes, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree("runs/one/checkpoints/step-000004/model", folder)
+    (folder / file).write_bytes(content)
+    how = ["--prompt", "word1", "--tokens", "2", "--device", "cpu"]
+    assert "cannot be read by transformers" in refused(capsys, 5, ["sample", str(folder), *how])
+
+
+@pytest.mark.usefixtures("place")
+def test_an_export_to_where_nothing_can_be_written_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    block = refused(capsys, 2, ["export", "runs/one", "text.txt/below/a/file"])
+    assert "text.txt/below/a/file cannot be written" in block
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"data": 3}', '{"data": {"seq_len": "x"}}'])
+def test_an_evaluation_tells_what_is_wrong_with_lowmem_json(
+    content: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree("runs/one/checkpoints/step-000004/model", folder)
+    (folder / "lowmem.json").write_text(content)
+    assert "lowmem.json cannot be read" in refused(capsys, 5, ["eval", str(folder)])
+
+
 def test_an_unforeseen_error_leaves_its_traceback_with_the_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

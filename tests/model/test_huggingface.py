@@ -212,3 +212,35 @@ def test_codes_of_another_shape_do_not_become_floats(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 54}))
     with pytest.raises(CheckpointError, match="codes has shape"):
         write_floats(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        None,
+        [],
+        {},
+        {"a": 3},
+        {"a": "../model.safetensors"},
+        {"a": "/etc/passwd"},
+        {"a": "pytorch_model.bin"},
+    ],
+)
+def test_an_index_names_safetensors_of_its_own_folder_only(table: Any, tmp_path: Path) -> None:
+    save_folder(small(), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        load_folder(tmp_path, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_config_of_more_weights_than_the_files_hold_makes_no_model(
+    int8: bool, tmp_path: Path
+) -> None:
+    """Four codes to a float's bytes: a folder in codes is not taken for one that is too small."""
+    save_folder(small(int8=int8), tmp_path)
+    load_folder(tmp_path, torch.float32, "cpu")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 10**9}))
+    with pytest.raises(CheckpointError, match=r"config\.json describes"):
+        load_folder(tmp_path, torch.float32, "cpu")

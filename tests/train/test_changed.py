@@ -25,7 +25,7 @@ def finished(run: Run) -> list[float]:
     ("flags", "exact"),
     [
         (["--micro-batch", "3"], False),
-        (["--micro-batch", "1"], False),
+        pytest.param(["--micro-batch", "1"], False, marks=pytest.mark.slow),
         (["--recompute", "full"], True),  # recomputed activations are the same numbers
         (["--micro-batch", "2", "--recompute", "attn"], False),
     ],

@@ -307,10 +307,47 @@ def test_a_manifest_cannot_name_files_outside_its_folder(name: str, parts: Parts
         verify(folder)
 
 
-def test_a_pointer_cannot_leave_the_folder(parts: Parts) -> None:
+@pytest.mark.parametrize(
+    "content", [b"../../elsewhere", b"..", b"/etc", b"step-000004/model", b"\xff\xfe", b"\0", b""]
+)
+def test_a_pointer_cannot_leave_the_folder(content: bytes, parts: Parts) -> None:
     folder = parts.save(4)
-    (parts.run.folder / "latest").write_text("../../elsewhere")
+    (parts.run.folder / "latest").write_bytes(content)
     assert parts.run.latest() == folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("update", -1),
+        ("update", 2**70),
+        ("update", True),
+        ("tokens", "3"),
+        ("optimizer_updates", None),
+        ("numbers", []),
+        ("numbers", {"a": {"b": "c"}}),
+        ("numbers", {"a": 3}),
+        ("corpus", 3),
+        ("next_batch", None),
+        ("carried", []),
+        ("carried", {"guard": {}}),
+        ("carried", {"best": {"update": "3", "loss": 1.0}}),
+    ],
+)
+def test_a_state_that_lowmem_never_writes_is_refused(key: str, value: Any, parts: Parts) -> None:
+    """The manifest vouches for it: somebody has made it agree."""
+    folder = parts.save(4)
+    state = json.loads((folder / "state.json").read_text()) | {key: value}
+    (folder / "state.json").write_text(json.dumps(state))
+    content = (folder / "state.json").read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"]["state.json"] = {"size": len(content), "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(signed(manifest)))
+    verify(folder)
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        restore(folder, parts.model, parts.optimizer, parts.batches, parts.corpus)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"files": {"state.json": {}}}', '{"files": []}'])

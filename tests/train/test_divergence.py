@@ -214,7 +214,7 @@ def test_a_bad_batch_is_stepped_past_and_the_run_ends_well(
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("guard", GUARDS)
-@pytest.mark.parametrize("mode", ["unfused", "fused"])
+@pytest.mark.parametrize("mode", ["unfused", pytest.param("fused", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_again_and_again_decides_as_an_unbroken_one(
     mode: str,
     guard: str,
