@@ -61,13 +61,15 @@ def _rank_of(rank: Any, role: str) -> Any:
     """The entry of a table for one matrix, or for its kind."""
     if not isinstance(rank, dict):
         return rank
-    for key in (role, role.partition(".")[0]):
+    kind = role.partition(".")[0]
+    for key in (role, kind):
         if key in rank:
             return rank[key]
+    missing = role if any(key.startswith(f"{kind}.") for key in rank) else kind
     raise ConfigError(
-        f"optimizer.rank has no entry for {role!r}",
+        f"optimizer.rank has no entry for {missing!r}",
         f"it has: {', '.join(rank)}",
-        f'rank = {{attention = 128, mlp = 256}}, or one number for all; add "{role}"',
+        f'rank = {{attention = 128, mlp = 256}}, or one number for all; add "{missing}"',
     )
 
 

@@ -198,6 +198,7 @@ def test_only_the_planner_is_left_with_choices() -> None:
     left = {key for key, value in flatten(config.model_dump()) if value == "auto"}
     assert left == {
         "gpu",
+        "others",
         "data.tokenizer",
         "optimizer.method",
         "optimizer.lr",

@@ -121,7 +121,7 @@ def test_a_table_of_ranks_by_role() -> None:
 
 @pytest.mark.parametrize(("given", "missing"), [("mlp", "attention"), ("attention", "mlp")])
 def test_a_table_must_name_both_roles(given: str, missing: str) -> None:
-    with pytest.raises(ConfigError, match=f"optimizer.rank has no entry for '{missing}") as caught:
+    with pytest.raises(ConfigError, match=f"optimizer.rank has no entry for '{missing}'") as caught:
         assigned(method="galore", rank={given: 8})
     assert caught.value.why == f"it has: {given}"
     assert f'add "{missing}"' in caught.value.fix
