@@ -12,7 +12,7 @@ Where lowmem differs on purpose from the contract of reference.csv:
     tables             the maps of 8-bit codes (4 KiB), of normal numbers (256 KiB) count as state
     norms, rest        follow `optimizer.rest`, 8-bit moments below 4096 elements being float32
     held sums          float32 in every mode, for a bf16 sum loses small gradients
-    element-wise work  plain PyTorch in slices of 2^22 elements; the contract has fused kernels
+    element-wise work  plain PyTorch in slices of 2^21 elements; the contract has fused kernels
     gradient of x      float32 in the loss, for every slice of the vocabulary would round it again
     gradient handed    an input gradient is freed before its matrix is handed over
     attention          in deterministic mode, which exact resume needs: scratch for every share of
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from lowmem.config.schema import ModelConfig
 
-SLICE = 2**22  # elements of element-wise work at a time
+SLICE = 2**21  # elements of element-wise work at a time
 CODES_SLICE = 2**24  # elements of 8-bit weights that are made bf16 at a time
 VOCABULARY_SLICE = 4096  # rows
 GROUP = 128  # elements of 8-bit weights that share a scale
