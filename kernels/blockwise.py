@@ -68,10 +68,13 @@ def quantize(x: Tensor, signed: bool, floor_codes: bool = False) -> tuple[Tensor
         torch.div(tail, last, out=scaled[whole:])
         absmax = torch.cat([absmax, last.unsqueeze(0)])
     scaled.clamp_(-1.0, 1.0)
-    codes = torch.bucketize(scaled, _midpoints(signed, str(x.device)), out_int32=True)
+    wide = torch.bucketize(scaled, _midpoints(signed, str(x.device)), out_int32=True)
+    del scaled
+    codes = wide.to(torch.uint8)
+    del wide
     if floor_codes and not signed:
-        codes = torch.maximum(codes, (flat > 0).to(codes.dtype))
-    return codes.to(torch.uint8).view(x.shape), absmax
+        torch.maximum(codes, (flat > 0).to(torch.uint8), out=codes)
+    return codes.view(x.shape), absmax
 
 
 def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:

@@ -143,3 +143,4 @@ def _turn_into_gradient(logits: Tensor, log_total: Tensor, wanted: Tensor) -> No
         softmax.scatter_(1, column, softmax.gather(1, column).sub_(hit))
         if softmax.dtype != part.dtype:
             part.copy_(softmax)
+        del part, softmax  # before the next piece's are made

@@ -83,11 +83,16 @@ def _iterated(grad: Tensor, right: bool, rank: int, old: Tensor | None, seed: in
     full = grad.to(dtype)
     usable = torch.ones((), dtype=torch.bool, device=grad.device)
     for _ in range(iterations):
-        start = basis.to(dtype)
-        product = (full.T @ (full @ start) if right else full @ (full.T @ start)).float()
-        basis, fine = _orthonormal(product.addcmul_(basis, _largest(product).mul(_DAMPING)))
+        basis, fine = _orthonormal(_powered(full, basis, right))
         usable = usable & fine
     return basis, usable
+
+
+def _powered(full: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """G G' Q, slightly damped, in float32."""
+    start = basis.to(full.dtype)
+    product = (full.T @ (full @ start) if right else full @ (full.T @ start)).float()
+    return product.addcmul_(basis, _largest(product).mul(_DAMPING))
 
 
 def _product_dtype(grad: Tensor) -> torch.dtype:
@@ -109,6 +114,7 @@ def _orthonormal(product: Tensor) -> Basis:
     al. 2015 need two passes in one precision).
     """
     exact = product.double()
+    del product  # before the solution exists
     gram = exact.T @ exact
     scale = gram.diagonal().amax()
     factor, info = torch.linalg.cholesky_ex(torch.nan_to_num(gram / scale, 0.0, 0.0, 0.0))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.groupwise import dequantize, group_count, pack, quantize, unpack
+from lowmem.kernels.slices import row_slices
 from lowmem.naming import seed_of
 from lowmem.optim.bases import Solver, leading_basis
 from lowmem.optim.formats import State, number, tensor
@@ -122,8 +123,7 @@ class SVD:
 
     def energy(self, grad: Tensor, state: State) -> Tensor:
         """|R|^2 / |G|^2, 0-dim."""
-        captured, all_of_it = (t.float().square().sum() for t in (self.down(grad, state), grad))
-        return captured / all_of_it
+        return squared_norm(self.down(grad, state)) / squared_norm(grad)
 
     def store(self, state: State, new: Tensor, usable: Tensor) -> None:
         """Put `new` (float32) in place of the basis if it is usable."""
@@ -138,6 +138,14 @@ class SVD:
 
     def up(self, low: Tensor, state: State) -> Step:
         return lift_back(low, self.basis(state), bool(state["right"]))
+
+
+def squared_norm(full: Tensor) -> Tensor:
+    """|G|^2, summed in float32, 0-dim; of a group of rows at a time."""
+    total = torch.zeros((), device=full.device)
+    for start, stop in row_slices(full):
+        total += full[start:stop].to(torch.float32, copy=True).square_().sum()
+    return total
 
 
 def aligned(new: Tensor, usable: Tensor, old: Tensor, state: State) -> Tensor:

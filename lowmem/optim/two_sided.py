@@ -15,7 +15,14 @@ from lowmem.naming import seed_of
 from lowmem.optim.bases import Basis, Solver, leading_basis
 from lowmem.optim.formats import State, number, tensor
 from lowmem.optim.place import Place
-from lowmem.optim.projectors import aligned, lift_back, project, projects_right, rank_of
+from lowmem.optim.projectors import (
+    aligned,
+    lift_back,
+    project,
+    projects_right,
+    rank_of,
+    squared_norm,
+)
 from lowmem.optim.weights import Step
 
 
@@ -90,8 +97,8 @@ class TwoSided:
         for right, kept in old.items():
             chosen = aligned(new[right], usable, kept, state).to(kept.dtype)
             torch.where(usable, chosen, kept, out=kept)
-        captured, all_of_it = (t.float().square().sum() for t in (self.down(grad, state), grad))
-        tensor(state, "log.energy").copy_(captured / all_of_it)
+        energy = squared_norm(self.down(grad, state)) / squared_norm(grad)
+        tensor(state, "log.energy").copy_(energy)
 
     def bases(self, state: State) -> list[tuple[Tensor, bool]]:
         """Both bases, and whether each is the right one."""

@@ -1,5 +1,6 @@
 """Composed peaks against rehearsals of the whole model, to the byte."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from lowmem.config.presets import read_preset
 from lowmem.config.schema import Config, ModelConfig, OptimizerConfig
 from lowmem.planner.hardware import find_card
-from lowmem.planner.job import Job
+from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Choice
 from lowmem.planner.rehearse import rehearse
 
@@ -34,15 +35,9 @@ def both(config: ModelConfig, how: Choice, attention: str, rest: str = "auto") -
     card = find_card("24GB", "cuda")
     rows = how.micro_batch * how.accumulate
     job = Job(Config(), card, config, rows, SEQ_LEN, attention)
-    optimizer = OptimizerConfig.model_validate(
-        {
-            "method": how.method,
-            "rank": how.rank or "auto",
-            "states": how.states,
-            "rest": {"method": rest},
-        }
-    )
-    job = replace(job, config=Config(optimizer=OptimizerConfig(rest=optimizer.rest)))
+    config_of_rest = OptimizerConfig.model_validate({"rest": {"method": rest}})
+    job = replace(job, config=Config(optimizer=config_of_rest))
+    optimizer = job.optimizer(kind_of(how))  # with what the method's sheet says
     whole = rehearse(config, optimizer, how, SEQ_LEN, attention=attention)
     return job.tensors(how) - job.workspace, whole.tensors
 
@@ -84,4 +79,83 @@ def test_composed_is_rehearsed(method: str, mode: str, accumulate: int, attentio
 def test_composed_is_rehearsed_with_ends_in_codes(mode: str, accumulate: int, rest: str) -> None:
     how = replace(choice("galore", mode, accumulate, "full"), weights="int8", ends="int8")
     composed, rehearsed = both(model(5), how, "flash", rest)
+    assert composed == rehearsed
+
+
+def random_case(seed: int) -> tuple[ModelConfig, Choice, str]:
+    """(model, choice, attention), anything that fits together."""
+    draw = random.Random(seed)
+    heads = draw.choice([2, 4, 6])
+    key_value = draw.choice([each for each in (1, 2, heads) if heads % each == 0])
+    sizes = ModelConfig(
+        hidden_size=heads * 8 * draw.randint(1, 6),
+        intermediate_size=draw.randint(8, 400),
+        num_hidden_layers=draw.randint(1, 7),
+        num_attention_heads=heads,
+        num_key_value_heads=key_value,
+        head_dim=8 * draw.randint(1, 6),
+        vocab_size=draw.choice([100, 4096, 5000, 9001]),
+        tie_word_embeddings=draw.random() < 0.2,
+        attention_bias=draw.random() < 0.2,
+        mlp_bias=draw.random() < 0.2,
+    )
+    method = draw.choice([*METHODS, "fira", "apollo_mini", "natural_galore", "q_galore", "lion"])
+    ranked = method in ("galore", "apollo", "cosmos", "fira", "natural_galore", "q_galore")
+    rank = draw.randint(1, 48) if ranked else {"apollo_mini": 1}.get(method)
+    mode, micro_batches = draw.choice(MODES)
+    level = draw.choice(["keep", "attn", "full", "keep:1,full"])
+    attention = draw.choice(["cpu", "flash"])
+    how = Choice(
+        method,
+        rank,
+        draw.choice(["fp32", "bf16", "8bit"]),
+        draw.choice(["bf16", "int8", "fp32"] if attention == "cpu" else ["bf16", "int8"]),
+        mode,  # type: ignore[arg-type]
+        "full" if sizes.num_hidden_layers == 1 else level,
+        draw.randint(1, 4),
+        micro_batches,
+        draw.choice([None, 1.0]) if mode != "fused" else None,
+        draw.choice(["recompute", "keep"]),
+    )
+    return sizes, how, attention
+
+
+def check_random(seed: int) -> None:
+    config, how, attention = random_case(seed)
+    composed, rehearsed = both(config, how, attention)
+    assert composed == rehearsed, (config, how, attention)
+
+
+@pytest.mark.parametrize("tenth", range(6))
+def test_composed_is_rehearsed_for_anything(tenth: int) -> None:
+    for seed in range(10 * tenth, 10 * tenth + 10):
+        check_random(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tenth", range(6, 56))
+def test_composed_is_rehearsed_for_anything_more(tenth: int) -> None:
+    for seed in range(10 * tenth, 10 * tenth + 10):
+        check_random(seed)
+
+
+PRESETS: list[tuple[str, str, Any, str, Any, str]] = [
+    ("llama-60m", "galore", 128, "bf16", "fused+subspace", "keep"),
+    ("llama-130m", "fira", 192, "int8", "unfused", "attn"),
+    ("llama-1b", "cosmos", 64, "bf16", "fused", "full"),
+    ("llama-7b", "galore", 1024, "bf16", "fused+subspace", "full"),
+    ("llama-7b", "apollo_mini", 1, "int8", "fused", "keep:4,full"),
+    ("llama-13b", "apollo", 1280, "int8", "fused", "full"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method", "rank", "weights", "mode", "recompute"), PRESETS)
+def test_composed_is_rehearsed_at_real_sizes(
+    name: str, method: str, rank: int, weights: Any, mode: Any, recompute: str
+) -> None:
+    micro_batches = 1 if mode == "fused" else 2
+    states = "bf16" if method == "cosmos" else "8bit"
+    how = Choice(method, rank, states, weights, mode, recompute, 2, micro_batches, None)
+    composed, rehearsed = both(read_preset(name), how, "flash")
     assert composed == rehearsed
