@@ -237,8 +237,8 @@ commands below print these plans.
     )
     yield f"""## The largest micro-batch
 
-One micro-batch per update (`fused`), recomputation `full`, sequences of {LENGTH:,}. The peak is that
-of one sequence; then the largest number of sequences on 8 / 12 / 16 / 24 GB.
+One micro-batch per update (`fused`), recomputation `full`, sequences of {LENGTH:,}. The peak is
+that of one sequence; then the largest number of sequences on 8 / 12 / 16 / 24 GB.
 """
     yield from table(
         "| model | weights | method | rank | states | tokens | peak | largest micro-batch |",

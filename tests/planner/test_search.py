@@ -49,7 +49,10 @@ def test_seven_billion_fit_24gb_with_the_best_published_method() -> None:
 
 
 def test_adamw_at_7b_does_not_fit_and_says_what_helps() -> None:
-    fixed = {"optimizer": {"method": "adamw", "states": "fp32"}, "train": {"weights": "bf16"}}
+    fixed: dict[str, Any] = {
+        "optimizer": {"method": "adamw", "states": "fp32"},
+        "train": {"weights": "bf16"},
+    }
     plan = plan_of("llama-7b", "24GB", **fixed)
     assert not plan.fits
     assert plan.choice.method == "adamw"
