@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         if func.overloadpacket in IN_PLACE and args[0].is_meta:
             return args[0]
-        out = func(*args, **(kwargs or {}))
+        out = remembered(func, args, kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf, part_of(current_phase()))
@@ -221,6 +222,66 @@ IN_PLACE = {
     ]
 }
 """Operators that only overwrite their first argument: on meta there is nothing to do."""
+
+
+_Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
+_made: dict[Any, list[_Made] | None] = {}
+
+
+def remembered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """func(*args, **kwargs); on meta, what only makes new tensors infers their shapes once.
+
+    Many shape functions are Python and take a hundred times longer than the tensor's own making.
+    """
+    key = _call(func, args, kwargs)
+    if key is None:
+        return func(*args, **kwargs)
+    if (known := _made.get(key)) is not None:
+        new = [_empty(*each) for each in known]
+        return new[0] if len(func._schema.returns) == 1 else tuple(new)
+    out = func(*args, **kwargs)
+    new = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) else []
+    if new and all(isinstance(each, Tensor) and _is_plain(each) for each in new):
+        _made[key] = [(each.shape, each.stride(), each.dtype) for each in new]
+    return out
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What decides the shapes of an operator's results, hashable; None: this one must run."""
+    if not _makes_new_tensors(func):
+        return None
+    parts: list[Any] = [func]
+    for value in itertools.chain(args, *kwargs.items()):
+        if isinstance(value, Tensor):
+            if not value.is_meta:
+                return None
+            parts.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, list | tuple):
+            if any(isinstance(each, Tensor) for each in value):
+                return None
+            parts.append(tuple(value))
+        else:
+            parts.append((type(value), value))  # 1 and 1.0 promote differently
+    return tuple(parts)
+
+
+@cache
+def _makes_new_tensors(func: Any) -> bool:
+    schema = func._schema
+    aliases = [each.alias_info for each in (*schema.arguments, *schema.returns)]
+    return all(each is None for each in aliases) and bool(schema.returns)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Would its shape and strides make the same storage again?"""
+    if not tensor.is_meta or tensor.storage_offset():
+        return False
+    made = _empty(tensor.shape, tensor.stride(), tensor.dtype)
+    return made.untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
+
+
+def _empty(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
 @dataclass(frozen=True)
