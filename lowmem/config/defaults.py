@@ -14,6 +14,7 @@ from lowmem.units import format_count, parse_batch
 
 SEQ_LEN = 256  # the papers' C4 protocol
 PAPER_BATCH = 512  # sequences per update in the same protocol
+MOST_ROWS = 2**24  # sequences per update: more than anyone's, and sizes stay within 64 bits
 TOKENS_PER_PARAMETER = 20  # arXiv:2203.15556, section 3
 SAMPLE_BATCH = {"cuda": 32, "cpu": 8}  # the sample corpus is small
 SAMPLE_UPDATES = {"cuda": 1000, "cpu": 500}
@@ -92,7 +93,7 @@ def _sequence_length(config: Config, model: ModelConfig, notes: list[str]) -> in
 
 
 def rows_of(batch: str, seq_len: int) -> int:
-    """Sequences per update of "32seq" or "131k-tokens". ConfigError when it is less than one."""
+    """Sequences per update of "32seq" or "131k-tokens". ConfigError: less than one, or too many."""
     number, unit = parse_batch(batch)
     rows = number if unit == "seq" else round(number / seq_len)
     if unit == "tokens" and number < seq_len:
@@ -100,6 +101,12 @@ def rows_of(batch: str, seq_len: int) -> int:
             f"train.batch = {batch!r} is less than one sequence of {seq_len} tokens",
             "an update needs at least one sequence",
             f"--batch {seq_len}-tokens, or a shorter --seq-len",
+        )
+    if rows > MOST_ROWS:
+        raise ConfigError(
+            f"train.batch = {batch!r} is {format_count(rows)} sequences",
+            f"an update has at most {MOST_ROWS:,}",
+            f"--batch {MOST_ROWS}seq, or less",
         )
     return rows
 

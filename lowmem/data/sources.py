@@ -164,7 +164,7 @@ class Reader:
                         if isinstance(text, Bad) or text.strip():
                             yield number, text
                     self._share = number / file.metadata.num_rows
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # a column's name
             yield number + 1, Bad(f"the parquet file is damaged ({error})")
 
 

@@ -111,6 +111,13 @@ def test_a_batch_in_tokens_becomes_sequences(batch: str, rows: int) -> None:
     assert not any(note.startswith("batch") for note in notes)
 
 
+@pytest.mark.parametrize("batch", ["16777217seq", "9" * 30 + "seq", "9" * 30 + "-tokens"])
+def test_a_batch_beyond_all_sizes_is_refused(batch: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch = .* sequences") as caught:
+        rows_of(batch, 256)
+    assert "at most 16,777,216" in caught.value.why
+
+
 @given(st.integers(1, 10**7), st.integers(1, 4096))
 def test_a_batch_in_tokens_is_met_to_half_a_sequence(tokens: int, seq_len: int) -> None:
     batch = f"{tokens}tokens"

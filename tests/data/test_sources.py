@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -125,6 +126,23 @@ def test_a_damaged_parquet_file_is_bad(tmp_path: Path) -> None:
     ((number, reason),) = why(tmp_path / "a.parquet")
     assert number == 1
     assert "parquet file is damaged" in reason
+
+
+def test_a_column_name_that_is_no_utf8_is_bad(tmp_path: Path) -> None:
+    """Found by fuzzing: pyarrow decodes names itself."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
+    raw = (tmp_path / "a.parquet").read_bytes()
+    for at in (found.start() for found in re.finditer(b"text", raw)):
+        broken = raw[: at + 3] + b"\xf4" + raw[at + 4 :]
+        (tmp_path / "b.parquet").write_bytes(broken)
+        try:
+            refused = why(tmp_path / "b.parquet")
+        except DataError:  # the column is missing by now
+            continue
+        assert all("parquet file is damaged" in reason for _, reason in refused)
 
 
 def test_parquet_without_pyarrow_names_the_extra(
