@@ -206,6 +206,7 @@ def _card_lines(plan: Plan) -> list[str]:
         f"Peak    {format_bytes(memory.reserved)} reserved,"
         f" {format_bytes(memory.allocated)} allocated,"
         f" {format_bytes(memory.tensors)} tensors: {verdict}",
+        *_device_line(plan),
         *_speed_lines(plan),
     ]
 
@@ -220,8 +221,24 @@ def _speed_lines(plan: Plan) -> list[str]:
         f" {format_span(speed.seconds_per_update)} per update, by rates of {rates.card}"
         f" (+-{100 * speed.error:.0f} %, {'measured rates' if rates.measured else 'uncalibrated'})",
         f"Time    about {format_span(seconds)} for {format_count(tokens)} tokens"
-        f" in {plan.config.train.updates} updates, without evaluation",
+        f" in {plan.config.train.updates} updates, without evaluation{_energy(plan)}",
     ]
+
+
+def _device_line(plan: Plan) -> list[str]:
+    if plan.card.kind == "cpu":
+        return []
+    used, total = format_bytes(plan.device_bytes), format_bytes(plan.card.total)
+    return [f"        {used} of the card's {total} in use, with context and others"]
+
+
+def _energy(plan: Plan) -> str:
+    rates = plan.card.rates
+    if plan.training_kwh is None or rates is None:
+        return ""
+    used = plan.training_kwh
+    energy = f"{used:.2g}" if used < 10 else f"{used:,.0f}"
+    return f"; {energy} kWh at the card's {rates.watts:g} W"
 
 
 _COLUMNS = ["", "method", ">rank", "states", "weights", "update", "recompute", ">micro", ">peak"]

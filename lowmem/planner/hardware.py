@@ -38,6 +38,7 @@ class CardFacts:
     """A card as its maker and driver describe it.
 
     bandwidth: GB/s. tflops: bf16 products summed in float32, dense. desktop: drives a screen.
+    watts: power limit, None where it varies.
     """
 
     name: str
@@ -45,10 +46,11 @@ class CardFacts:
     bandwidth: float
     tflops: float
     desktop: bool
+    watts: float | None = None
 
     @property
     def rates(self) -> Rates:
-        return Rates(self.name, self.tflops, self.bandwidth)
+        return Rates(self.name, self.tflops, self.bandwidth, watts=self.watts)
 
 
 def find_card(gpu: str, device: str) -> Card:
@@ -88,7 +90,8 @@ def calibrated(card: Card, found: Found) -> Card:
         return card
     rates = card.rates
     if kept.tflops is not None and kept.bandwidth is not None:
-        rates = Rates(card.name, kept.tflops, kept.bandwidth, measured=True)
+        watts = card.rates.watts if card.rates else None
+        rates = Rates(card.name, kept.tflops, kept.bandwidth, measured=True, watts=watts)
     return replace(
         card,
         context=card.context if kept.context is None else kept.context,
@@ -291,7 +294,14 @@ def _cards() -> dict[str, CardFacts]:
     """Every name, squashed -> its card."""
     known: dict[str, CardFacts] = {}
     for name, row in _table()["cards"].items():
-        facts = CardFacts(name, row["mib"] * MIB, row["bandwidth"], row["tflops"], row["desktop"])
+        facts = CardFacts(
+            name,
+            row["mib"] * MIB,
+            row["bandwidth"],
+            row["tflops"],
+            row["desktop"],
+            row.get("watts"),
+        )
         known |= {_squash(word): facts for word in (name, *row.get("also", ()))}
     return known
 

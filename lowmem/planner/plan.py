@@ -26,15 +26,16 @@ INSTEAD = " instead of "  # in a note: something became other than what one woul
 
 @dataclass(frozen=True)
 class Rates:
-    """tflops: bf16 products summed in float32. bandwidth: GB/s.
+    """tflops: bf16 products summed in float32. bandwidth: GB/s. watts: power limit, if known.
 
-    Both of `card` in cards.toml, which are peaks; measured: what the card reached instead.
+    All of `card` in cards.toml, which are peaks; measured: the first two are what it reached.
     """
 
     card: str
     tflops: float
     bandwidth: float
     measured: bool = False
+    watts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,14 @@ class Plan:
         return settled(self.config.train.updates) * self.speed.seconds_per_update
 
     @property
+    def training_kwh(self) -> float | None:
+        """Energy of all updates at the card's power limit: an upper bound for the card alone."""
+        seconds, rates = self.training_seconds, self.card.rates
+        if seconds is None or rates is None or rates.watts is None:
+            return None
+        return seconds * rates.watts / 3.6e6
+
+    @property
     def device_bytes(self) -> int:
         """What the card will have lost: reserved, context and what others use."""
         return self.memory.reserved + self.card.context + self.card.others
@@ -234,6 +243,7 @@ class Plan:
             quality=self.quality,
             speed=self.speed,
             training_seconds=self.training_seconds,
+            training_kwh=self.training_kwh,
             candidates=self.candidates,
             fixes=self.fixes,
             advice=self.advice,
@@ -278,9 +288,10 @@ class PublishedPlan:
     card will have lost. instant, parts: the worst moment and what its tensors are for; phases: the
     same for every kind of phase, the highest first. choice: the settings that decide memory.
     quality: penalty against tuned AdamW. speed, training_seconds: estimates, null where no rates
-    are known. candidates: the alternatives and why they were not taken. fixes: flags that save
-    memory, where nothing fits. advice: where memory could be saved. config: the whole settled
-    configuration. notes: what nobody gave, and why it became this.
+    are known; training_kwh: at the card's power limit, null where it is not known. candidates: the
+    alternatives and why they were not taken. fixes: flags that save memory, where nothing fits.
+    advice: where memory could be saved. config: the whole settled configuration. notes: what nobody
+    gave, and why it became this.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -299,6 +310,7 @@ class PublishedPlan:
     quality: Penalty | None
     speed: Speed | None
     training_seconds: float | None
+    training_kwh: float | None
     candidates: list[Candidate]
     fixes: list[Fix]
     advice: list[str]

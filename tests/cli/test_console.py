@@ -73,7 +73,7 @@ def test_a_plan_shows_choice_parts_alternatives_and_notes(
 def test_a_plan_says_how_long_it_takes_in_units_of_people() -> None:
     plan = example_plan()
     train = plan.config.train.model_copy(update={"updates": 150_000})
-    card = replace(plan.card, rates=Rates("rtx4090", 165.2, 1008))
+    card = replace(plan.card, rates=Rates("rtx4090", 165.2, 1008, watts=450.0))
     config = plan.config.model_copy(update={"train": train})
     speed = Speed(1703.0, 77.0, {"products": 77.0}, 0.25)
     out = io.StringIO()
@@ -83,7 +83,8 @@ def test_a_plan_says_how_long_it_takes_in_units_of_people() -> None:
     assert lines == [
         "Speed   about 1.70 k tokens/s, 77 s per update, by rates of rtx4090"
         " (+-25 %, uncalibrated)",
-        "Time    about 4.4 months for 19.7 B tokens in 150000 updates, without evaluation",
+        "Time    about 4.4 months for 19.7 B tokens in 150000 updates, without evaluation;"
+        " 1,444 kWh at the card's 450 W",
     ]
 
 

@@ -244,6 +244,7 @@ def test_every_card_of_the_table_is_found_and_plausible() -> None:
         assert 150 < facts.bandwidth < 10_000
         assert 5 < facts.tflops < 3000
         assert facts.desktop is row["desktop"]
+        assert facts.watts is None or 50 < facts.watts <= 1000
 
 
 def test_a_size_in_a_name_is_its_memory() -> None:

@@ -25,7 +25,7 @@ from lowmem.planner.plan import (
 )
 from lowmem.planner.quality import Penalty
 
-RATES = Rates("rtx4090", 165.2, 1008)
+RATES = Rates("rtx4090", 165.2, 1008, watts=450)
 CARD = Card(
     "rtx4090", total=24_000, context=500, others=300, margin=200, source="preset", rates=RATES
 )
@@ -96,6 +96,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
             "error": 0.25,
         },
         "training_seconds": 600.0,
+        "training_kwh": 600 / 3600 * 0.45,
         "candidates": [
             {
                 "choice": choice | {"method": "adamw", "rank": None},
@@ -121,6 +122,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
                 "tflops": 165.2,
                 "bandwidth": 1008,
                 "measured": False,
+                "watts": 450,
             },
             "workspace": 2 * 32 * 2**20,
             "calibration": None,

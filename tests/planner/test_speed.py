@@ -455,6 +455,7 @@ def hours_plan(hours: float, gpu: str, cuda: bool, **train: Any) -> Any:
 def test_hours_become_updates_that_take_as_long() -> None:
     plan = hours_plan(2, "rtx4090", True)
     assert plan.training_seconds == pytest.approx(7200, rel=1e-3)
+    assert plan.training_kwh == pytest.approx(0.9, rel=1e-3)  # 450 W
     assert plan.config.train.hours is None
     assert plan.config.evaluate.every == plan.config.train.updates // 5
     again = make_plan(plan.config, find_card("rtx4090", "cuda"), [])
