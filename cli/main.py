@@ -5,6 +5,7 @@ What this module imports is small, so that signals are heard a moment after Pyth
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -16,7 +17,13 @@ from lowmem.train.guard import stopped_before_it_began
 
 def main() -> NoReturn:
     """The command `lowmem`."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if any(thread.name == "lowmem checkpoint" for thread in threading.enumerate()):
+        # After a second Ctrl-C. Python would end the thread inside torch, which aborts on that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

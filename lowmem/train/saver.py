@@ -6,6 +6,7 @@ goes wrong in the thread is raised at the next update.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from threading import Thread
 from types import TracebackType
 
@@ -16,6 +17,7 @@ from lowmem.train.events import Saved
 from lowmem.train.run import Run
 from lowmem.train.snapshot import HostCopy, Snapshot
 
+THREAD = "lowmem checkpoint"  # a name that `cli/main.py` knows
 _SPARE = 1.25  # of the copy: what must be free so that nobody else is driven to the swap
 
 
@@ -54,21 +56,26 @@ class Saver:
     ) -> None:
         if isinstance(error, KeyboardInterrupt):  # at once: what is half written is no checkpoint
             return
+        self._await_copy()
         self.finish()
 
     def prepare(self, capture: Callable[[], Snapshot]) -> None:
         """Make the memory of the copy behind the training, so that the first save is as quick."""
         if self._copy is not None:
-            self._preparing = Thread(target=self._copy.reserve, args=(capture(),), daemon=True)
+            reserve = partial(self._copy.reserve, capture())
+            self._preparing = Thread(target=reserve, name=THREAD, daemon=True)
             self._preparing.start()
+
+    def _await_copy(self) -> None:
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
 
     def save(self, capture: Callable[[], Snapshot]) -> None:
         """Save what `capture` gives; returns as soon as training may change it."""
         began = time.perf_counter()
         self.finish()
-        if self._preparing is not None:
-            self._preparing.join()
-            self._preparing = None
+        self._await_copy()
         snapshot = capture()
         if self._copy is not None:
             snapshot = self._copy.of(snapshot)
@@ -108,7 +115,7 @@ class _Writing(Thread):
     """One checkpoint on its way to the disk. A daemon, so that a second Ctrl-C need not wait."""
 
     def __init__(self, run: Run, snapshot: Snapshot) -> None:
-        super().__init__(name="checkpoint", daemon=True)
+        super().__init__(name=THREAD, daemon=True)
         self.snapshot, self._run = snapshot, run
         self.error: Exception | None = None
         self.blocked = 0.0

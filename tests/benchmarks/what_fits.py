@@ -22,14 +22,14 @@ if str(ROOT) not in sys.path:  # `python tests/benchmarks/...` from a clone
     sys.path.insert(0, str(ROOT))
 
 from lowmem import __version__  # noqa: E402
-from lowmem.config.defaults import settle  # noqa: E402
+from lowmem.cli.settings import planned as plan_of  # noqa: E402
+from lowmem.config.flags import FLAGS  # noqa: E402
 from lowmem.config.load import load  # noqa: E402
 from lowmem.config.presets import read_preset  # noqa: E402
 from lowmem.config.schema import Config, UpdateMode, WeightFormat  # noqa: E402
 from lowmem.planner.hardware import find_card  # noqa: E402
 from lowmem.planner.job import Job  # noqa: E402
 from lowmem.planner.plan import Choice, Plan  # noqa: E402
-from lowmem.planner.search import make_plan  # noqa: E402
 from lowmem.units import MIB  # noqa: E402
 
 TARGET = ROOT / "docs" / "what_fits.md"
@@ -163,33 +163,23 @@ def summed_row(size: str, gpu: str, weights: WeightFormat) -> tuple[str, str]:
     return line, command(row, gpu, "fused+subspace", TRUE_BATCH // LENGTH, 1)
 
 
-def plan_words(size: str, gpu: str, length: int, batch: int) -> list[str]:
-    words = ["--model", f"llama-{size}", "--gpu", gpu, "--seq-len", str(length)]
-    return [*words, "--batch", f"{batch}seq"]
-
-
 def planned(words: list[str]) -> Plan:
     """The plan of these flags, as the command makes it."""
     pairs = zip(words[::2], words[1::2], strict=True)
-    keys = {
-        "--model": "model",
-        "--gpu": "gpu",
-        "--seq-len": "data.seq_len",
-        "--batch": "train.batch",
-    }
-    flags = {keys[flag]: value for flag, value in pairs}
-    config, notes = settle(load(flags, [], {}, []).config, cuda=True)
-    return make_plan(config, find_card(config.gpu, "cuda"), notes)
+    flags = {FLAGS[flag]: value for flag, value in pairs}
+    return plan_of(load(flags, [], {}, []).config, for_this_machine=False)
 
 
 def plan_row(size: str, gpu: str, length: int) -> tuple[str, str]:
-    """A batch of TRUE_BATCH tokens; where that does not fit, one sequence per update."""
-    for batch in (TRUE_BATCH // length, 1):
-        words = plan_words(size, gpu, length, batch)
+    """A batch of TRUE_BATCH tokens, else what the planner takes, else without a desktop."""
+    common = ["--model", f"llama-{size}", "--gpu", gpu, "--seq-len", str(length)]
+    for more in (["--batch", f"{TRUE_BATCH // length}seq"], [], ["--others", "0MiB"]):
+        words = [*common, *more]
         plan = planned(words)
         if plan.fits:
             break
-    made, tokens = plan.choice, batch * length
+    made = plan.choice
+    tokens = made.micro_batch * made.accumulate * length
     if not plan.fits:
         short = (plan.memory.reserved - plan.card.usable_bytes) / MIB
         return f"| {size} | {gpu} | {length:,} | nothing fits: {short:,.0f} MiB short |", ""
@@ -227,7 +217,8 @@ cuBLAS workspaces included.
 
 ## What lowmem plans by itself
 
-{TRUE_BATCH:,} tokens per update were asked for, and one sequence where that does not fit. The
+{TRUE_BATCH:,} tokens per update were asked for; where that does not fit, nothing was, and the
+planner takes a smaller batch; where that does not fit either, the card drives no desktop. The
 commands below print these plans.
 """
     yield from table(

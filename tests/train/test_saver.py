@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,47 @@ def test_the_memory_that_was_reserved_is_the_one_that_is_used(run: Run) -> None:
         saving.prepare(lambda: snapshot(0, 0.0))
         saving.save(lambda: snapshot(3, 3.0))
     assert value_of(run.latest()) == 3.0
+
+
+def test_the_end_of_a_run_waits_for_the_memory_that_is_being_prepared(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by killing runs: a thread that Python ends inside torch aborts the process."""
+    ready = threading.Event()
+
+    def late(copy: HostCopy, snapshot: Snapshot) -> None:
+        time.sleep(0.1)
+        ready.set()
+
+    monkeypatch.setattr(HostCopy, "reserve", late)
+    with Saver(run, patience(run, []), behind=True) as saving:
+        saving.prepare(lambda: snapshot(1, 1.0))
+    assert ready.is_set()
+
+
+_INTERRUPTED = """
+import sys, threading
+import torch
+from lowmem.cli import main
+from lowmem.train.saver import THREAD
+
+def work():
+    while True:
+        torch.ones(1000, 1000).mul_(2).sum().item()
+
+def run(arguments):
+    threading.Thread(target=work, name=THREAD, daemon=True).start()
+    print("begun")
+    return 130
+
+main.run = run
+main.main()
+"""
+
+
+def test_a_second_ctrl_c_leaves_without_waiting_for_a_save() -> None:
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"begun\n", b"")
 
 
 @pytest.mark.parametrize("behind", [True, False])
