@@ -29,7 +29,7 @@ from lowmem.model.sink import GradientSink, ParameterGrads
 from lowmem.naming import seed_of
 from lowmem.phases import phase
 
-_DRAWN_ELEMENTS = 2**24  # random numbers that exist at a time
+_DRAWN_ELEMENTS = 2**18  # random numbers that exist at a time; less than a step takes
 _ROLES = {
     "q_proj": "attention.q",
     "k_proj": "attention.k",
@@ -189,6 +189,7 @@ class Llama(nn.Module):
                 matrix.rows(start, stop).store(numbers.to(matrix.device))
             else:
                 matrix[start:stop].copy_(numbers)
+            del numbers  # before the next are made
 
     def hand(self, name: str, gradient: Tensor) -> None:
         """To the sink that is set when the gradient is ready, not when the forward ran."""

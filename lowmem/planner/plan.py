@@ -15,7 +15,7 @@ from lowmem.planner.quality import Penalty
 from lowmem.planner.workspaces import CUBLAS_WORKSPACE
 from lowmem.units import format_bytes
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 Rank = Annotated[
     Any,  # for mypy, since ranks come from options that have no type until their method is built
     WithJsonSchema({"type": ["integer", "number", "object", "null"]}),
@@ -296,7 +296,7 @@ class PublishedPlan:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     fits: bool
     usable_bytes: int
     peak_bytes: int

@@ -72,7 +72,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
         "ends": "exact",
     }
     assert record == {
-        "schema_version": 2,
+        "schema_version": 3,
         "fits": True,
         "usable_bytes": 23_000,
         "peak_bytes": 10_000,
@@ -222,8 +222,8 @@ def test_a_plan_is_read_back_as_it_was(plan: Plan) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema_version": 1},
-        {"schema_version": 3},
+        {"schema_version": 2},
+        {"schema_version": 4},
         {"fits": None},
         {"more": 1},
         {"parts": {"weights": "many"}},
