@@ -1,7 +1,7 @@
-"""What fits on 8, 12, 16 and 24 GB: the tables of docs/what_fits.md.
+"""What fits on 8, 12, 16 and 24 GB: docs/what_fits.md, and its first table in the README.
 
     python tests/benchmarks/what_fits.py            # minutes on 2 cores
-    python tests/benchmarks/what_fits.py --print    # leaves docs/what_fits.md alone
+    python tests/benchmarks/what_fits.py --print    # leaves both files alone
 
 Peaks are the planner's own (planner/job.py), and the plans its search's; nothing is run on a card.
 """
@@ -33,6 +33,8 @@ from lowmem.planner.plan import Choice, Plan  # noqa: E402
 from lowmem.units import MIB  # noqa: E402
 
 TARGET = ROOT / "docs" / "what_fits.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- made by tests/benchmarks/what_fits.py -->", "<!-- until here -->"
 CARDS = ("8GB", "12GB", "16GB", "24GB")
 LENGTH = 2048
 MOST_SEQUENCES = 128
@@ -203,8 +205,7 @@ def table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
     yield "```\n"
 
 
-def page(pool: ProcessPoolExecutor) -> Iterator[str]:
-    plans = pool.map(plan_row, *zip(*PLANS, strict=True))
+def page(pool: ProcessPoolExecutor, plans: list[str]) -> Iterator[str]:
     fitting = pool.map(fitting_row, ROWS)
     summed = pool.map(summed_row, *zip(*SUMMED, strict=True))
     yield f"""# What fits
@@ -221,11 +222,7 @@ cuBLAS workspaces included.
 planner takes a smaller batch; where that does not fit either, the card drives no desktop. The
 commands below print these plans.
 """
-    yield from table(
-        "| model | card | sequence | tokens per update | method | rank | states | weights "
-        "| update | micro-batch | tensors | reserved |",
-        plans,
-    )
+    yield from plans
     yield f"""## The largest micro-batch
 
 One micro-batch per update (`fused`), recomputation `full`, sequences of {LENGTH:,}. The peak is
@@ -243,16 +240,29 @@ micro-batches of 1 x {LENGTH:,} tokens; the largest rank that fits, in steps of 
     yield from table("| model | card | weights | rank | micro-batches | peak |", summed)
 
 
+def plan_table(pool: ProcessPoolExecutor) -> list[str]:
+    title = (
+        "| model | card | sequence | tokens per update | method | rank | states | weights "
+        "| update | micro-batch | tensors | reserved |"
+    )
+    return list(table(title, pool.map(plan_row, *zip(*PLANS, strict=True))))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--print", action="store_true", help="leave docs/what_fits.md alone")
+    parser.add_argument("--print", action="store_true", help="leave the files alone")
     given = parser.parse_args()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        text = "\n".join(page(pool)).rstrip() + "\n"
+        plans = plan_table(pool)
+        text = "\n".join(page(pool, plans)).rstrip() + "\n"
     if given.print:
         print(text)
-    else:
-        TARGET.write_text(text, encoding="utf-8")
+        return
+    TARGET.write_text(text, encoding="utf-8")
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    rows = "\n".join(line for line in plans if line.startswith("|"))
+    after = rest.partition(END)[2]
+    README.write_text(f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
