@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowmem"
 
-FOUNDATION = {"errors", "units", "naming", "phases", "tensorfile"}
+FOUNDATION = {"errors", "units", "naming", "phases", "tensorfile", "host_memory"}
 _PARTS = {*FOUNDATION, "kernels", "config.schema", "config.recompute"}
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
@@ -182,7 +182,7 @@ def test_only_the_command_line_prints() -> None:
     "module",
     [
         "lowmem",
-        *(f"lowmem.{name}" for name in sorted(FOUNDATION - {"tensorfile"})),
+        *(f"lowmem.{name}" for name in sorted(FOUNDATION - {"tensorfile", "host_memory"})),
         "lowmem.config.load",
         "lowmem.config.presets",
         "lowmem.planner.plan",

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lowmem.config.schema import Ends, ModelConfig, OptimizerConfig, UpdateMode, WeightFormat
+from lowmem.host_memory import HOST
 from lowmem.kernels.blockwise import lookup_tables
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.kernels.random_normal import lookup_table
@@ -68,8 +69,9 @@ class Segment:
 class LiveBytes(TorchDispatchMode):
     """Bytes of live storages, by part, each rounded up to 512, with the peak and its moment.
 
-    scratch: add what CUDA operators allocate out of sight. events: (id, +bytes) when a storage
-    appears, (id, -bytes) when it dies: for the allocator.
+    scratch: add what CUDA operators allocate out of sight. host, host_peak: bytes beside the
+    device, which count nowhere else. events: (id, +bytes) when a storage appears, (id, -bytes) when
+    it dies: for the allocator.
     """
 
     def __init__(self, device_type: str, scratch: bool = False) -> None:
@@ -79,6 +81,8 @@ class LiveBytes(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []
         self.live = 0
         self.peak = 0
+        self.host = 0  # bytes of host memory beside the device
+        self.host_peak = 0
         self.peak_parts: dict[str, int] = {}
         self.peak_phase: tuple[str, ...] = ()
         self.segments: dict[str, Segment] = {}
@@ -143,6 +147,11 @@ class LiveBytes(TorchDispatchMode):
         size = -(-storage.nbytes() // GRANULE) * GRANULE
         number = next(self._ids)
         self._seen[storage] = number
+        if part == HOST:
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
+            weakref.finalize(storage, self._drop_host, size)
+            return
         self.live += size
         self._parts[part] += size
         self.events.append((number, size))
@@ -153,6 +162,9 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
         self._parts[part] -= size
         self.events.append((number, -size))
+
+    def _drop_host(self, size: int) -> None:
+        self.host -= size
 
     def _mark(self, scratch: int, part: str) -> None:
         self._highest = max(self._highest, self.live + scratch)
@@ -175,8 +187,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def part_of(phases: tuple[str, ...]) -> str:
-    """What a storage that appears during these phases is for: one of PARTS."""
+    """What a storage that appears during these phases is for: one of PARTS, or HOST."""
     for name in reversed(phases):
+        if name == HOST:
+            return HOST
         if name in ("update", "refresh"):
             return "update"
         if name == "hold" or name.startswith("gradient"):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem.host_memory import pinned_like
+
 Named = list[tuple[str, Tensor]]
 
 
@@ -70,7 +72,7 @@ class HostCopy:
         """Make the memory for such a snapshot; touched, for the system gives pages only then."""
         for path, file in snapshot.tensors.items():
             for name, tensor in file.tensors:
-                self._buffers[path, name] = _host_memory(tensor).zero_()
+                self._buffers[path, name] = pinned_like(tensor).zero_()
 
     def of(self, snapshot: Snapshot) -> Snapshot:
         """The same content in this memory; what was in it before is overwritten."""
@@ -82,7 +84,7 @@ class HostCopy:
             for name, tensor in file.tensors:
                 buffer = before.pop((path, name), None)
                 if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffer = _host_memory(tensor)
+                    buffer = pinned_like(tensor)
                 buffer.copy_(tensor, non_blocking=True)
                 self._buffers[path, name] = buffer
                 pairs.append((name, buffer))
@@ -92,7 +94,3 @@ class HostCopy:
         for card in cards:
             torch.cuda.synchronize(card)
         return replace(snapshot, tensors=copied)
-
-
-def _host_memory(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
