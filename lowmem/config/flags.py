@@ -23,6 +23,7 @@ FLAGS = {
     "--batch": "train.batch",
     "--micro-batch": "train.micro_batch",
     "--update": "train.update",
+    "--sums": "train.sums",
     "--recompute": "train.recompute",
     "--logits": "train.logits",
     "--attention": "train.attention",

@@ -27,6 +27,7 @@ WeightFormat = Literal["fp32", "bf16", "int8"]
 Ends = Literal["exact", "int8"]
 UpdateMode = Literal["unfused", "fused+subspace", "fused"]
 Logits = Literal["keep", "recompute"]
+SumFormat = Literal["fp32", "bf16", "int8", "host"]
 Role = Literal[
     "attention",
     "attention.q",
@@ -251,6 +252,11 @@ class TrainConfig(Section):
     micro_batch: Size | Auto = Field(default="auto", description="sequences per forward pass")
     update: UpdateMode | Auto = Field(
         default="auto", description="where gradients live and accumulate"
+    )
+    sums: SumFormat | Auto = Field(
+        default="auto",
+        description="gradients summed over micro-batches as fp32, bf16 or int8, or as fp32 in host "
+        "memory; auto is the first that fits",
     )
     recompute: Auto | Recompute = Field(
         default="auto",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowmem.config.schema import OptimizerConfig, UpdateMode, settled
+from lowmem.config.schema import OptimizerConfig, SumFormat, UpdateMode, settled
 from lowmem.errors import ConfigError
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.optim.method import ByRole, Method
@@ -143,9 +143,10 @@ def build_optimizer(
     mode: UpdateMode,
     seed: int,
     head_dim: int,
+    sums: SumFormat = "fp32",
 ) -> Optimizer:
     """The optimizer of a model, with all its state allocated on the weights' devices."""
-    optimizer = Optimizer(mode, seed)
+    optimizer = Optimizer(mode, seed, sums=sums)
     for item in assign(config, weights, roles, head_dim):
         optimizer.add(item.name, weights[item.name], item.method, item.weight_decay, item.place)
     return optimizer

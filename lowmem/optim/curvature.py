@@ -180,7 +180,7 @@ def _root_mean_square(weights: Iterable[Tensor]) -> Tensor:
 def _negate(optimizer: Optimizer, names: list[str]) -> None:
     for name in names:
         kept = optimizer.slots[name].kept
-        if kept is not None:
+        if isinstance(kept, Tensor):
             kept.neg_()
 
 
@@ -204,7 +204,7 @@ def _diagonal(difference: Tensor, at: slice, *, seed: int, distance: Tensor) -> 
 def _hand(slot: Slot, finished: Callable[[Tensor, slice], Tensor]) -> None:
     """The held sum becomes the estimate of this weight, piece by piece."""
     kept, slot.kept = slot.kept, None
-    assert kept is not None, "a weight has received no gradient"
+    assert isinstance(kept, Tensor), "a weight has received no gradient"
     assert isinstance(slot.method, Curved)
     flat = kept.view(-1)
     estimate = (

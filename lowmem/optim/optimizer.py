@@ -12,7 +12,8 @@
 Gradients may arrive in row slices (`receive_rows`). They are added to what is kept, or in `fused`
 mode applied slice by slice; only a method that must see the whole gets it put together first.
 
-Weights change only in `apply` and `apply_rows`. Sums over micro-batches are float32.
+Weights change only in `apply` and `apply_rows`. Sums over micro-batches are float32, or what
+`sums.py` has.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -23,14 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.config.schema import UpdateMode
+from lowmem.config.schema import SumFormat, UpdateMode
 from lowmem.errors import CheckpointError
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.naming import seed_of
 from lowmem.optim.formats import State
 from lowmem.optim.method import ByRows, Method, Reallocating, RowUpdate
 from lowmem.optim.place import Place
-from lowmem.optim.weights import Step, aligned, like, rows_of, write
+from lowmem.optim.sums import Held, Staging, Sum, empty_sum, is_tensor, square
+from lowmem.optim.weights import Step, aligned, like, row_bounds, rows_of, write
 from lowmem.phases import phase
 
 SUMMED = ("kept_bases",)  # of the diagnostics: counts
@@ -51,21 +53,26 @@ class Arriving:
 
 @dataclass
 class Slot:
-    """One parameter with its method, its state and what is kept of its gradient."""
+    """One parameter with its method, its state and what is kept of its gradient.
+
+    summed: micro-batches that are in `kept`.
+    """
 
     weight: Tensor | Any  # a GroupedWeight where one was added
     method: Method
     weight_decay: float
     state: State
-    kept: Tensor | None = None
+    kept: Held | None = None
     arriving: Arriving | None = None
+    summed: int = 0
 
 
 @dataclass
 class Optimizer:
     """Updates named weights, each by its own method; `add` puts them in its charge.
 
-    seed: of the run, for stochastic rounding.
+    seed: of the run, for stochastic rounding. sums: the format of sums over micro-batches. staging:
+    what host sums need on the device.
     """
 
     mode: UpdateMode
@@ -73,6 +80,8 @@ class Optimizer:
     slots: dict[str, Slot] = field(default_factory=dict)
     updates: int = 0  # begun so far, the present one included
     lr: float = 0.0
+    sums: SumFormat = "fp32"
+    staging: Staging | None = None
     _micro_batches: int = 1
     _squares: list[Tensor] = field(default_factory=list)
     _coefficient: Tensor | None = None
@@ -90,7 +99,10 @@ class Optimizer:
         weight = weight.detach() if isinstance(weight, Tensor) else weight
         with torch.no_grad():
             own = replace(place, seed=seed_of(self.seed, name), run_seed=self.seed)
-            state = method.init(like(weight), own)
+            example = like(weight)
+            state = method.init(example, own)
+            if self.sums == "host" and self.staging is None:
+                self.staging = Staging(example)
         self.slots[name] = Slot(weight, method, weight_decay, state)
 
     def attach(self, model: nn.Module) -> None:
@@ -132,18 +144,18 @@ class Optimizer:
         if self._held_only is not None:
             if name in self._held_only:
                 with phase("hold"):
-                    self._hold(slot, grad)
+                    self._hold(name, grad)
             return
         if self.mode != "unfused":
             if slot.kept is None:  # the first micro-batch decides the subspace
                 with phase("refresh"):
                     slot.method.refresh(grad, slot.state)
             if self.mode == "fused":
-                self._squares.append(_square(grad))
+                self._squares.append(square(grad))
         with phase("hold"):
             if self.mode != "unfused":
                 grad = slot.method.compress(grad, slot.state)
-            self._hold(slot, grad)
+            self._hold(name, grad)
         if self.mode == "fused":
             self.apply(name)
 
@@ -158,14 +170,14 @@ class Optimizer:
         slot = self.slots[name]
         if self._held_only is not None and name not in self._held_only:
             return
-        by_rows = isinstance(slot.method, ByRows) and slot.method.needs.by_rows
+        by_rows = _goes_by_rows(slot.method)
         held = self._held_only is not None or self.mode == "unfused"
         arriving = _next_rows(slot, name, start, len(rows))
         if held or (by_rows and self.mode == "fused+subspace"):
             with phase("hold"):
-                self._hold_rows(slot, start, rows)
+                self._add(name, rows, start, slot.weight.shape)
         elif by_rows:
-            self._squares.append(_square(rows))
+            self._squares.append(square(rows))
             self.apply_rows(name, start, rows)
         else:
             with phase("hold"):
@@ -189,26 +201,45 @@ class Optimizer:
         finally:
             self._held_only = None
 
-    def _hold(self, slot: Slot, piece: Tensor) -> None:
-        if slot.kept is not None:
-            slot.kept.add_(piece)
-        elif self._micro_batches > 1:
-            slot.kept = piece.float().contiguous()
+    def _hold(self, name: str, piece: Tensor) -> None:
+        """Keep a micro-batch's gradient or projection, or add it to what is kept."""
+        slot = self.slots[name]
+        if slot.kept is None and self._is_tensor(piece.shape):  # nothing to add it to
+            slot.kept = piece.to(self._dtype(piece)).contiguous()
         else:
-            slot.kept = piece.contiguous()
+            self._add(name, piece, 0, piece.shape)
 
-    def _hold_rows(self, slot: Slot, start: int, rows: Tensor) -> None:
+    def _add(self, name: str, rows: Tensor, start: int, shape: torch.Size) -> None:
+        """Add rows start, start + 1, ... of a micro-batch to a sum of that shape."""
+        slot = self.slots[name]
         if slot.kept is None:
-            dtype = torch.float32 if self._micro_batches > 1 else rows.dtype
-            slot.kept = rows.new_zeros(slot.weight.shape, dtype=dtype)
-        slot.kept[start : start + len(rows)].add_(rows)
+            slot.kept, slot.summed = self._zeros(shape, rows), 0
+        if isinstance(slot.kept, Tensor):
+            slot.kept[start : start + len(rows)].add_(rows)
+            return
+        seed = seed_of(self.seed, f"sum/{name}/{slot.summed}", self.updates)
+        slot.kept.add(rows, start * (shape.numel() // shape[0]), seed)
+        slot.summed += start + len(rows) == shape[0]
+
+    def _zeros(self, shape: torch.Size, like: Tensor) -> Held:
+        if self._is_tensor(shape):
+            return like.new_zeros(shape, dtype=self._dtype(like))
+        return empty_sum(self.sums, shape, like.device, self.staging)
+
+    def _is_tensor(self, shape: torch.Size) -> bool:
+        """Is what is kept a tensor? Estimates of the curvature and single gradients always are."""
+        only = self._micro_batches == 1 or self._held_only is not None
+        return only or is_tensor(self.sums, shape)
+
+    def _dtype(self, piece: Tensor) -> torch.dtype:
+        return torch.float32 if self._micro_batches > 1 else piece.dtype
 
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Global norm of what is kept, before clipping; in `fused` mode of the whole gradient."""
         if self.mode != "fused":
             kept = [slot.kept for slot in self.slots.values() if slot.kept is not None]
-            self._squares = [_square(piece) for piece in kept]
+            self._squares = [square(piece) for piece in kept]
         return torch.stack(self._squares).sum().sqrt()
 
     @property
@@ -229,6 +260,11 @@ class Optimizer:
         kept, slot.kept = slot.kept, None
         assert kept is not None, f"{name} has received no gradient"
         with phase("update"):
+            if not isinstance(kept, Tensor):
+                if _goes_by_rows(slot.method):
+                    self._apply_sum_by_rows(name, kept)
+                    return
+                kept = kept.whole()
             if self._coefficient is not None:
                 kept.mul_(self._coefficient)
             if self.mode == "unfused":
@@ -238,6 +274,18 @@ class Optimizer:
             step = slot.method.update(kept, slot.state)
             if step is not None:
                 self._write(name, slot.weight, step)
+
+    def _apply_sum_by_rows(self, name: str, kept: Sum) -> None:
+        """Make floats of no more rows at a time than are written at a time."""
+        slot = self.slots[name]
+        slot.arriving = Arriving()
+        width = kept.shape.numel() // kept.shape[0]
+        for start, stop in row_bounds(slot.weight):
+            rows = kept.values(start * width, stop * width).view(-1, *kept.shape[1:])
+            if self._coefficient is not None:
+                rows.mul_(self._coefficient)
+            self.apply_rows(name, start, rows)
+        slot.arriving = None
 
     @torch.no_grad()
     def apply_rows(self, name: str, start: int, rows: Tensor) -> None:
@@ -354,8 +402,8 @@ def _next_rows(slot: Slot, name: str, start: int, count: int) -> Arriving:
     return arriving
 
 
-def _square(piece: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(piece, dtype=torch.float32).square()
+def _goes_by_rows(method: Method) -> bool:
+    return isinstance(method, ByRows) and method.needs.by_rows
 
 
 def foreign_state(key: str, value: Tensor, mine: Tensor | None) -> CheckpointError:

@@ -48,6 +48,7 @@ def gather(
         total = loss.detach() if total is None else total.add_(loss.detach())
         del loss  # so that every micro-batch finds the same memory
     assert total is not None, "an update needs a micro-batch"
+    del inputs, targets  # else they lie beside what the norm makes
     norm = optimizer.norm()
     if clip is not None:
         optimizer.clip(norm, clip)

@@ -35,6 +35,13 @@ def aligned(weight: Weight, start: int) -> bool:
     return start * (weight.numel() // max(1, weight.shape[0])) % unit == 0
 
 
+def row_bounds(weight: Weight) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the groups of rows in which a weight is written, from first to last."""
+    if isinstance(weight, Tensor):
+        return row_slices(weight)
+    return row_slices(weight.codes, math.lcm(BLOCK, weight.group))
+
+
 def like(weight: Weight) -> Tensor:
     """A tensor with the weight's shape and device and its gradients' dtype; its values are void."""
     if isinstance(weight, Tensor):
@@ -59,12 +66,9 @@ class DependentStep:
 
 def row_groups(weight: Weight) -> RowGroups:
     """The weight's values, in the groups in which it is written."""
-    if isinstance(weight, Tensor):
-        for start, stop in row_slices(weight):
-            yield weight[start:stop].float(), start, stop
-        return
-    for start, stop in row_slices(weight.codes, math.lcm(BLOCK, weight.group)):
-        yield weight.rows(start, stop).values(), start, stop
+    for start, stop in row_bounds(weight):
+        rows = rows_of(weight, start, stop)
+        yield rows.float() if isinstance(rows, Tensor) else rows.values(), start, stop
 
 
 def write(
@@ -107,7 +111,7 @@ Moved = Callable[[Tensor, int, int], Tensor]
 
 def _write_floats(weight: Tensor, moved: Moved, seed: int, first_row: int) -> None:
     width = weight.numel() // max(1, weight.shape[0])
-    for start, stop in row_slices(weight):
+    for start, stop in row_bounds(weight):
         target = weight[start:stop]
         exact = target if target.dtype == torch.float32 else target.float()
         moved(exact, start, stop)
@@ -118,7 +122,7 @@ def _write_floats(weight: Tensor, moved: Moved, seed: int, first_row: int) -> No
 def _write_codes(weight: GroupedWeight, moved: Moved, seed: int, first_row: int) -> None:
     """Row group by row group: whole blocks of the moments and whole groups of the codes."""
     width = weight.numel() // max(1, weight.shape[0])
-    for start, stop in row_slices(weight.codes, math.lcm(BLOCK, weight.group)):
+    for start, stop in row_bounds(weight):
         rows = weight.rows(start, stop)
         exact = moved(rows.values(), start, stop)
         at = (first_row + start) * width

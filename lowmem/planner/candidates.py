@@ -15,6 +15,7 @@ from lowmem.config.schema import (
     Ends,
     ModelConfig,
     OptimizerConfig,
+    SumFormat,
     UpdateMode,
     WeightFormat,
     settled,
@@ -36,13 +37,14 @@ CLIP = 1.0  # where nobody says otherwise and the norm is known before weights m
 
 @dataclass(frozen=True)
 class Kind:
-    """What decides quality: method, rank, moments, weights and ends."""
+    """What decides quality: method, rank, moments, weights, ends and sums of gradients."""
 
     method: str
     rank: Any
     states: str
     weights: WeightFormat = "bf16"
     ends: Ends = "exact"
+    sums: SumFormat = "fp32"
 
     def optimizer(self, config: OptimizerConfig, parameters: int) -> OptimizerConfig:
         """`config` with this method, rank and format, and what its sheet says of other settings.
@@ -76,9 +78,10 @@ class Family:
     weights: WeightFormat
     ranks: tuple[Any, ...]
     ends: Ends = "exact"
+    sums: SumFormat = "fp32"
 
     def kind(self, rank: Any) -> Kind:
-        return Kind(self.method, rank, self.states, self.weights, self.ends)
+        return Kind(self.method, rank, self.states, self.weights, self.ends, self.sums)
 
     @property
     def best(self) -> Kind:
@@ -138,7 +141,8 @@ def quality(kind: Kind, model: ModelConfig) -> Penalty:
     """What this kind costs in quality by the published evidence."""
     share = rank_share(kind.rank, model)
     found = penalty(kind.method, share, kind.states, model.parameters, kind.weights)
-    return found.doubted("int8 embedding and head") if kind.ends == "int8" else found
+    found = found.doubted("int8 embedding and head") if kind.ends == "int8" else found
+    return found.doubted("int8 sums") if kind.sums == "int8" else found
 
 
 def rank_share(rank: Any, model: ModelConfig) -> float | None:
@@ -155,8 +159,10 @@ def _families_of(name: str, config: Config, model: ModelConfig) -> list[Family]:
         ranks = _ranks_of(method_spec(name), config, model)
     elif optimizer.rank != "auto":
         method_options(optimizer.model_copy(update={"method": name}))  # says it has no rank
+    ends: Ends = "int8" if config.train.ends == "int8" else "exact"
+    sums: SumFormat = "fp32" if config.train.sums == "auto" else settled(config.train.sums)
     return [
-        Family(name, states, weights, ranks, "int8" if config.train.ends == "int8" else "exact")
+        Family(name, states, weights, ranks, ends, sums)
         for states in _formats_of(name, optimizer)
         for weights in weight_formats(config)
     ]
@@ -167,6 +173,18 @@ def weight_formats(config: Config) -> tuple[WeightFormat, ...]:
     if config.train.weights != "auto":
         return (settled(config.train.weights),)
     return ("bf16", "int8") if config.train.device == "cuda" else ("fp32",)
+
+
+def sum_formats(config: Config, kind: Kind) -> tuple[SumFormat, ...]:
+    """Formats of the sums of gradients to try, exact ones first; the next only where one does not
+    fit. Those in host memory are not among them: `search.py` tries them last of all.
+
+    bf16 costs no quality: the published runs sum so, and round to nearest.
+    """
+    if config.train.sums != "auto":
+        return (settled(config.train.sums),)
+    coarser = config.train.device == "cuda" and not curvatures(kind, config.optimizer)
+    return ("fp32", "bf16", "int8") if coarser else ("fp32",)
 
 
 def _formats_of(name: str, optimizer: OptimizerConfig) -> list[str]:
@@ -237,6 +255,12 @@ def check_curvature(config: Config, asked: dict[str, str]) -> None:
             "held until the last micro-batch",
             "--update unfused",
         )
+    if config.train.sums not in ("auto", "fp32"):
+        raise ConfigError(
+            f'train.sums = "{config.train.sums}" with method {next(iter(asked.values()))!r}',
+            "it estimates the curvature from sums of gradients, and their rounding would be in it",
+            "--sums fp32",
+        )
     weights = config.train.weights
     if "hutchinson" in asked and weights not in ("auto", "fp32"):
         raise ConfigError(
@@ -261,7 +285,8 @@ def modes(config: Config, kind: Kind, rows: int) -> list[UpdateMode]:
     found: list[UpdateMode] = ["unfused"]
     if sums_projected(kind, config.optimizer):
         found.append("fused+subspace")
-    if not isinstance(clip, float) and config.train.micro_batch in ("auto", rows):
+    keeps_none = not isinstance(clip, float) and config.train.sums in ("auto", "fp32")
+    if keeps_none and config.train.micro_batch in ("auto", rows):
         found.append("fused")
     return found
 
@@ -274,6 +299,12 @@ def check_fused(config: Config, rows: int) -> None:
             "the gradient is never in memory as a whole, and its norm is known only after the "
             "last weights have changed",
             "--clip off, or --update fused+subspace",
+        )
+    if config.train.sums not in ("auto", "fp32"):
+        raise ConfigError(
+            f'train.sums = "{config.train.sums}" with train.update = "fused"',
+            "every gradient is used as soon as it is there: no sums are kept",
+            "leave out --sums, or --update unfused",
         )
     micro = config.train.micro_batch
     if micro != "auto" and settled(micro) < rows:

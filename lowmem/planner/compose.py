@@ -25,8 +25,9 @@ from lowmem.config.recompute import levels_of
 from lowmem.config.schema import ModelConfig, UpdateMode
 from lowmem.model.llama import Llama
 from lowmem.optim.method import Dense
-from lowmem.optim.optimizer import Optimizer
+from lowmem.optim.optimizer import Optimizer, Slot
 from lowmem.optim.rules import Sgd
+from lowmem.optim.sums import square as square_of
 from lowmem.phases import current_phase
 from lowmem.planner.plan import Choice
 from lowmem.planner.rehearse import (
@@ -117,10 +118,14 @@ class NormCall(Call):
 
 @dataclass(frozen=True)
 class Cost:
-    """received: calls for the pieces of a gradient, in each pass. step: that of `step`."""
+    """received: calls for the pieces of a gradient, in each pass. square: what `norm` makes of
+    what is held. step: that of `step`. host: bytes of host memory that are held.
+    """
 
     received: list[list[Call]]
+    square: Call
     step: Call
+    host: int
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,11 @@ class OptimizerBytes:
     def held(self) -> int:
         """Bytes between the micro-batches of an update."""
         return sum(call.left for cost in self.costs.values() for call in cost.received[0])
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory at the end of an update's last micro-batch."""
+        return sum(cost.host for cost in self.costs.values())
 
 
 class _Recorder(LiveBytes):
@@ -278,11 +288,14 @@ def _costs(tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Pieces)
         tensors = {k: v.shape for k, v in slot.state.items() if isinstance(v, Tensor)}
         alike = f"{kin(name)} {tensors}"
         if alike not in known:
+            host = tracker.host
             received = [
                 [_received(tracker, owner, name, piece) for piece in pieces[kin(name)]]
                 for _ in range(micro_batches)
             ]
-            known[alike] = Cost(received, _called(tracker, owner.step))
+            host = tracker.host - host
+            square = _squared(tracker, slot)
+            known[alike] = Cost(received, square, _called(tracker, owner.step), host)
         found[name] = known[alike]
     return found
 
@@ -302,6 +315,16 @@ def _received(tracker: LiveBytes, owner: Optimizer, name: str, piece: Piece) -> 
     return Call(extra, tracker.live - before)
 
 
+def _squared(tracker: LiveBytes, slot: Slot) -> Call:
+    if slot.kept is None:  # the mode is fused, and the weight has moved
+        return Call(0, 0)
+    tracker.peak = before = tracker.live
+    found = square_of(slot.kept)
+    call = Call(tracker.peak - before, tracker.live - before)
+    del found
+    return call
+
+
 def _called(tracker: LiveBytes, call: Callable[[], object]) -> Call:
     tracker.peak = before = tracker.live
     call()
@@ -310,7 +333,7 @@ def _called(tracker: LiveBytes, call: Callable[[], object]) -> Call:
 
 @cache
 def norm_bytes(mode: UpdateMode, clipped: bool, weights: int) -> NormCall:
-    """The norm of so many gradients, and its clipping: neither depends on their sizes."""
+    """The norm of so many gradients, and its clipping, as far as neither depends on their sizes."""
     owner = Optimizer(mode, 0)
     for index in range(weights):
         owner.add(str(index), torch.empty(1, device="meta"), Dense(Sgd()), 0.0)
@@ -387,7 +410,10 @@ def _walked(
 
 def _stepped(model: ModelBytes, optimizer: OptimizerBytes, held: int) -> int:
     """The peak of norm, clipping, `step` and an evaluation batch after the last micro-batch."""
-    most = model.resting + held + optimizer.norm.extra
+    most, squares = model.resting + held + optimizer.norm.extra, 0
+    for cost in optimizer.costs.values():
+        most = max(most, model.resting + held + squares + cost.square.extra)
+        squares += cost.square.left
     held += optimizer.norm.left
     for cost in optimizer.costs.values():
         most = max(most, model.resting + held + cost.step.extra)

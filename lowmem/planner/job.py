@@ -5,7 +5,7 @@ What the allocator makes of them is guessed for the search and replayed for the 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lowmem.config.schema import (
     Logits,
     ModelConfig,
     OptimizerConfig,
+    SumFormat,
     UpdateMode,
     WeightFormat,
     settled,
@@ -45,6 +46,7 @@ from lowmem.planner.rehearse import (
     model_on_meta,
     optimizer_on_meta,
     rehearse,
+    standing_for,
 )
 from lowmem.planner.speed import Timed, seconds
 from lowmem.units import MIB
@@ -112,6 +114,7 @@ class Job:
             clip_of(self.config, mode),
             logits,
             kind.ends,
+            kind.sums if accumulate > 1 or self.config.train.sums != "auto" else "fp32",
         )
 
     def optimizer(self, kind: Kind) -> OptimizerConfig:
@@ -124,6 +127,7 @@ class Job:
 
     def persistent(self, kind: Kind) -> int:
         """Weights, states, and what libraries hold."""
+        kind = replace(kind, sums="fp32")
         key = repr(kind)  # a rank may be a table, which has no hash
         if key not in self._persistent:
             owner = self._owner(kind, "fused")  # any mode: states are the same
@@ -135,6 +139,10 @@ class Job:
         if choice.accumulate == 1:
             return 0
         return self._optimizer_bytes(choice).held
+
+    def host(self, choice: Choice) -> int:
+        """Bytes of host memory beside the card's: sums that lie there."""
+        return self._optimizer_bytes(choice).host if choice.accumulate > 1 else 0
 
     def peak(self, choice: Choice) -> int:
         """Bytes that the allocator will have reserved at the peak, the last of them guessed."""
@@ -171,9 +179,9 @@ class Job:
         full = self._rehearsal(choice)
         told = full.parts, full.instant, full.phases
         if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
-            return Memory(full.tensors, full.tensors, full.tensors, *told)
+            return Memory(full.tensors, full.tensors, full.tensors, *told, full.host)
         peaks = replay(full.events, expandable=expandable_segments())
-        return Memory(full.tensors, peaks.allocated, peaks.reserved, *told)
+        return Memory(full.tensors, peaks.allocated, peaks.reserved, *told, full.host)
 
     def _rehearsal(self, choice: Choice) -> Rehearsal:
         return rehearse(
@@ -195,11 +203,11 @@ class Job:
 
     def _optimizer_bytes(self, choice: Choice) -> OptimizerBytes:
         kind, clipped = kind_of(choice), choice.clip is not None
-        key = (repr(kind), choice.update, choice.accumulate > 1, clipped)
+        key = (repr(kind), choice.update, choice.accumulate > 1, clipped, choice.sums)
         if key not in self._optimizers:
             pieces = self._model_bytes(choice).pieces
             self._optimizers[key] = optimizer_bytes(
-                self._owner(kind, choice.update),
+                self._owner(kind, choice.update, choice.sums),
                 choice,
                 pieces,
                 self.attention,
@@ -207,12 +215,17 @@ class Job:
             )
         return self._optimizers[key]
 
-    def _owner(self, kind: Kind, mode: UpdateMode) -> Optimizer:
+    def _owner(self, kind: Kind, mode: UpdateMode, sums: SumFormat = "fp32") -> Optimizer:
         """The optimizer of a model of two blocks; of the whole where moments move between them."""
-        owner = optimizer_on_meta(self._llama(kind, 2), self.optimizer(kind), mode)
+
+        def of(blocks: int) -> Optimizer:
+            llama = self._llama(kind, blocks)
+            with standing_for(self.attention):
+                return optimizer_on_meta(llama, self.optimizer(kind), mode, sums)
+
+        owner = of(2)
         if any(isinstance(slot.method, Reallocating) for slot in owner.slots.values()):
-            whole = self._llama(kind, self.model.num_hidden_layers)
-            return optimizer_on_meta(whole, self.optimizer(kind), mode)
+            return of(self.model.num_hidden_layers)
         return owner
 
     def _llama(self, kind: Kind, blocks: int) -> Llama:
@@ -241,4 +254,5 @@ def _check_recompute(recompute: str, blocks: int) -> None:
 
 
 def kind_of(choice: Choice) -> Kind:
-    return Kind(choice.method, choice.rank, choice.states, choice.weights, choice.ends)
+    sums: SumFormat = choice.sums if choice.accumulate > 1 else "fp32"
+    return Kind(choice.method, choice.rank, choice.states, choice.weights, choice.ends, sums)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, WithJsonSchema
 
-from lowmem.config.schema import Config, Ends, Logits, UpdateMode, WeightFormat, settled
+from lowmem.config.schema import Config, Ends, Logits, SumFormat, UpdateMode, WeightFormat, settled
 from lowmem.planner.advice import advice
 from lowmem.planner.quality import Penalty
 from lowmem.planner.workspaces import CUBLAS_WORKSPACE
@@ -90,16 +90,19 @@ class Choice:
     clip: float | None
     logits: Logits = "recompute"
     ends: Ends = "exact"  # embedding and head
+    sums: SumFormat = "fp32"  # of gradients, over micro-batches
 
     def sentence(self) -> str:
         """One line for people, from the method to the micro-batch."""
         rank = "" if self.rank is None else f" rank {self.rank}"
         ends = " and ends" if self.ends == "int8" else ""
         logits = ", logits kept" if self.logits == "keep" else ""
+        other = "sums in host memory" if self.sums == "host" else f"{self.sums} sums"
+        summed = "" if self.sums == "fp32" else f", {other}"
         return (
             f"{self.method}{rank}, {self.states} states, {self.weights} weights{ends}, "
             f"{self.update}, recompute {self.recompute}{logits}, "
-            f"micro-batch {self.micro_batch} x {self.accumulate}, "
+            f"micro-batch {self.micro_batch} x {self.accumulate}{summed}, "
             f"clip {'off' if self.clip is None else self.clip}"
         )
 
@@ -124,7 +127,7 @@ class Memory:
     tensors: live storages at the worst moment. allocated: `max_memory_allocated`. reserved:
     `max_memory_reserved`. parts: what the tensors at that moment are for; sums to `tensors`.
     instant: the worst moment as a sentence. phases: the worst moment of every kind, the highest
-    first.
+    first. host: bytes of host memory beside the device.
     """
 
     tensors: int
@@ -133,6 +136,7 @@ class Memory:
     parts: dict[str, int]
     instant: str
     phases: list[PhasePeak] = field(default_factory=list)
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,7 @@ class Plan:
             tensor_bytes=self.memory.tensors,
             allocated_bytes=self.memory.allocated,
             device_bytes=self.device_bytes,
+            host_bytes=self.memory.host,
             instant=self.memory.instant,
             parts=self.memory.parts,
             phases=self.memory.phases,
@@ -265,6 +270,7 @@ class Plan:
             published.parts,
             published.instant,
             published.phases,
+            published.host_bytes,
         )
         return Plan(
             published.config,
@@ -285,13 +291,13 @@ class PublishedPlan:
 
     fits: peak_bytes are at most usable_bytes. peak_bytes, allocated_bytes, tensor_bytes: what the
     allocator reserves, has allocated, and what is in live tensors, at most. device_bytes: what the
-    card will have lost. instant, parts: the worst moment and what its tensors are for; phases: the
-    same for every kind of phase, the highest first. choice: the settings that decide memory.
-    quality: penalty against tuned AdamW. speed, training_seconds: estimates, null where no rates
-    are known; training_kwh: at the card's power limit, null where it is not known. candidates: the
-    alternatives and why they were not taken. fixes: flags that save memory, where nothing fits.
-    advice: where memory could be saved. config: the whole settled configuration. notes: what nobody
-    gave, and why it became this.
+    card will have lost. host_bytes: of sums of gradients in host memory. instant, parts: the worst
+    moment and what its tensors are for; phases: the same for every kind of phase, the highest
+    first. choice: the settings that decide memory. quality: penalty against tuned AdamW. speed,
+    training_seconds: estimates, null where no rates are known; training_kwh: at the card's power
+    limit, null where it is not known. candidates: the alternatives and why they were not taken.
+    fixes: flags that save memory, where nothing fits. advice: where memory could be saved. config:
+    the whole settled configuration. notes: what nobody gave, and why it became this.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -303,6 +309,7 @@ class PublishedPlan:
     tensor_bytes: int
     allocated_bytes: int
     device_bytes: int
+    host_bytes: int
     instant: str
     parts: dict[str, int]
     phases: list[PhasePeak]

@@ -22,7 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lowmem.config.schema import Ends, ModelConfig, OptimizerConfig, UpdateMode, WeightFormat
+from lowmem.config.schema import (
+    Ends,
+    ModelConfig,
+    OptimizerConfig,
+    SumFormat,
+    UpdateMode,
+    WeightFormat,
+)
 from lowmem.host_memory import HOST
 from lowmem.kernels.blockwise import lookup_tables
 from lowmem.kernels.grouped_weight import Weight
@@ -303,7 +310,7 @@ class Rehearsal:
     """What a rehearsed update needs; the fields are those of LiveBytes.
 
     persistent: what lives as long as the run, by part. segments: by name of SEGMENTS.
-    phases: the worst moment of every kind of phase, the highest first.
+    phases: the worst moment of every kind of phase, the highest first. host: bytes of host memory.
     """
 
     tensors: int
@@ -311,6 +318,7 @@ class Rehearsal:
     instant: str
     events: list[tuple[int, int]]
     phases: list[PhasePeak]
+    host: int = 0
     persistent: dict[str, int] = field(default_factory=dict)
     segments: dict[str, Segment] = field(default_factory=dict)
 
@@ -340,7 +348,8 @@ def rehearse(
         keep_logits=choice.logits == "keep",
         ends=choice.ends,
     )
-    owner = optimizer_on_meta(llama, optimizer, choice.update)
+    with standing_for(attention):
+        owner = optimizer_on_meta(llama, optimizer, choice.update, choice.sums)
     owner.attach(llama)
     track_persistent(tracker, owner)
     libraries = torch.empty(workspace, dtype=torch.uint8, device="meta")
@@ -362,6 +371,7 @@ def rehearse(
         sentence(tracker.peak_phase),
         tracker.events,
         tracker.phase_peaks(),
+        tracker.host_peak,
         persistent,
         tracker.segments,
     )
@@ -389,7 +399,9 @@ def model_on_meta(
     )
 
 
-def optimizer_on_meta(llama: Llama, optimizer: OptimizerConfig, mode: UpdateMode) -> Optimizer:
+def optimizer_on_meta(
+    llama: Llama, optimizer: OptimizerConfig, mode: UpdateMode, sums: SumFormat = "fp32"
+) -> Optimizer:
     """Its optimizer, when that holds most."""
     owner = build_optimizer(
         optimizer,
@@ -398,6 +410,7 @@ def optimizer_on_meta(llama: Llama, optimizer: OptimizerConfig, mode: UpdateMode
         mode=mode,
         seed=0,
         head_dim=llama.config.head_dim,
+        sums=sums,
     )
     hold_worst_window(owner)
     return owner
@@ -419,8 +432,13 @@ def track_persistent(
 def persistent_tensors(
     optimizer: Optimizer, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(part, tensor) of weights, states and the tables they need; a table may come repeatedly."""
+    """(part, tensor) of weights, states and the tables they need; a table may come repeatedly.
+
+    Also of what host sums pass through, which belongs to no weight.
+    """
     chosen = list(optimizer.slots if names is None else names)
+    if optimizer.staging is not None:
+        yield from (("gradients", place) for place in optimizer.staging.places)
     for name in chosen:
         slot = optimizer.slots[name]
         yield from (("weights", tensor) for tensor in stored(slot.weight))

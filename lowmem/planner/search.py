@@ -1,8 +1,8 @@
 """Fit a configuration to a card: the best that fits, and why the rest was not taken.
 
 What is better, in this order: published quality, in classes of 0.005 nats; a gradient norm that can
-be clipped; tokens/s, in classes of 3 %; the order of METHODS, with exact moments and weights first.
-More memory can therefore never give a worse plan.
+be clipped; exact sums of gradients before bf16 and int8; tokens/s, in classes of 3 %; the order of
+METHODS, with exact moments and weights first. More memory can therefore never give a worse plan.
 
 Families (`candidates.py`) are tried in the order of the quality of their best rank, until what was
 found is better than anything the rest could be. Of a family the class of quality is decided first,
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.config.recompute import in_words
-from lowmem.config.schema import Config, Logits, ModelConfig, UpdateMode, settled
+from lowmem.config.schema import Config, Logits, ModelConfig, SumFormat, UpdateMode, settled
 from lowmem.optim.assign import learning_rate
 from lowmem.optim.methods import METHODS, method_spec
 from lowmem.optim.methods.third_party import package_of, refused
@@ -28,17 +28,20 @@ from lowmem.planner.candidates import (
     modes,
     quality,
     sheet_settings,
+    sum_formats,
     weight_formats,
 )
 from lowmem.planner.fixes import fixes
+from lowmem.planner.hardware import available_memory
 from lowmem.planner.job import Job, kind_of
-from lowmem.planner.plan import Candidate, Card, Choice, Memory, Plan
+from lowmem.planner.plan import INSTEAD, Candidate, Card, Choice, Memory, Plan
 from lowmem.planner.speed import estimate, require_rates, within_hours
 from lowmem.units import format_bytes
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed
 ATTEMPTS = 6
 SPEED_CLASS = 1.03
+SUM_FORMATS: tuple[SumFormat, ...] = ("fp32", "bf16", "int8", "host")  # the most exact first
 _BESIDE = 2  # methods shown after the choice
 _SMALLEST_TRIED = _FASTEST_TRIED = 3
 
@@ -46,10 +49,10 @@ _SMALLEST_TRIED = _FASTEST_TRIED = 3
 @dataclass(frozen=True)
 class Found:
     """Settings that fit, and what they are judged by: class of quality, whether the norm is known
-    too late to be clipped, class of speed. Smaller is better."""
+    too late to be clipped, how coarse the sums are, class of speed. Smaller is better."""
 
     choice: Choice
-    order: tuple[int, bool, int]
+    order: tuple[int, bool, int, int]
 
 
 def make_plan(
@@ -69,27 +72,49 @@ def make_plan(
     asked, room = Job.of(config, card), card.usable_bytes
     for _ in range(ATTEMPTS):
         said = notes
-        job, rows, choice = _with_ends(asked, room)
+        job, rows, choice = _in_any_way(asked, room)
         if choice is None and smaller is not None:
             job, said = _smaller_batch(asked, smaller, notes)
-            job, rows, choice = _with_ends(job, room)
+            job, rows, choice = _in_any_way(job, room)
         if choice is None or job.memory(choice).reserved <= room:
             break
         job.learn(choice)  # what the allocator takes beyond the guess, and look again
     if choice is not None:
+        if config.train.sums == "auto":
+            said = [*_about_sums(job, choice), *said]
         return _plan(job, choice, _others(job, choice, rows, room), said)
     smallest = least(job)
     others = [row for row in rows if row.choice.method != smallest.method]
     return _plan(job, smallest, [_too_large(job, smallest, room), *others], said)
 
 
-def _with_ends(job: Job, room: int) -> tuple[Job, list[Candidate], Choice | None]:
-    """The search with exact embedding and head, and with int8 ones where nothing fits so."""
-    rows, choice = search(job, room)
-    coarser = _coarser(job)
-    if choice is not None or coarser is None:
-        return job, rows, choice
-    return coarser, *search(coarser, room)
+def _in_any_way(job: Job, room: int) -> tuple[Job, list[Candidate], Choice | None]:
+    """The search, and where nothing fits, again in each of the other ways until something does."""
+    for way in _ways(job):
+        rows, choice = search(way, room)
+        if choice is not None and not _lacks_host_memory(way, choice):
+            return way, rows, choice
+    return way, rows, None
+
+
+def _lacks_host_memory(job: Job, choice: Choice) -> bool:
+    """On this machine; how much the machine of a card that was named has, nobody knows."""
+    return job.card.source == "measured" and job.host(choice) > available_memory()
+
+
+def _ways(job: Job) -> list[Job]:
+    """The job; with int8 embedding and head; and both with sums in host memory."""
+    ways = [way for way in (job, _coarser(job)) if way is not None]
+    return [*ways, *(host for way in ways if (host := _on_host(way)) is not None)]
+
+
+def _on_host(job: Job) -> Job | None:
+    """The same job with sums in host memory, None where the user wants it otherwise."""
+    train = job.config.train
+    if train.device != "cuda" or train.sums != "auto":
+        return None
+    train = train.model_copy(update={"sums": "host"})
+    return replace(job, config=job.config.model_copy(update={"train": train}))
 
 
 def _coarser(job: Job) -> Job | None:
@@ -112,9 +137,7 @@ def _smaller_batch(
         return replace(job, config=config, rows=rows), said
 
     def fits(rows: int) -> bool:
-        exact = of(rows)[0]
-        ways = [each for each in (exact, _coarser(exact)) if each is not None]
-        return any(_fits_at_all(way, job.card.usable_bytes) for way in ways)
+        return any(_fits_at_all(way, job.card.usable_bytes) for way in _ways(of(rows)[0]))
 
     for rows in sizes if sizes and fits(1) else []:
         less, said = of(rows)
@@ -122,6 +145,15 @@ def _smaller_batch(
             why = f"instead of {job.rows}, which do not fit on {job.card.name}"
             return less, [f"batch {rows}seq {why}", *said]
     return job, notes
+
+
+def _about_sums(job: Job, choice: Choice) -> list[str]:
+    if choice.sums == "fp32":
+        return []
+    where = f"{choice.sums} sums of gradients"
+    if choice.sums == "host":
+        where = f"sums of gradients in {format_bytes(job.host(choice))} of host memory"
+    return [f"{where}{INSTEAD}fp32 ones on the card, which do not fit"]
 
 
 def _plan(job: Job, choice: Choice, rows: list[Candidate], notes: list[str]) -> Plan:
@@ -186,6 +218,15 @@ def _modes(job: Job, family: Family) -> list[UpdateMode]:
 
 
 def _best_in(job: Job, family: Family, mode: UpdateMode, room: int) -> Found | None:
+    """With the most exact sums with which anything fits."""
+    for sums in sum_formats(job.config, family.least):
+        found = _best_with(job, replace(family, sums=sums), mode, room)
+        if found is not None:
+            return found
+    return None
+
+
+def _best_with(job: Job, family: Family, mode: UpdateMode, room: int) -> Found | None:
     kinds = [family.kind(rank) for rank in family.ranks]
 
     def fits(index: int) -> bool:
@@ -206,7 +247,8 @@ def _best_in(job: Job, family: Family, mode: UpdateMode, room: int) -> Found | N
 
     raised = low + (_last(top + 1 - low, lambda index: leaves_room(low + index)) or 0)
     choice = replace(settings, rank=kinds[raised].rank)
-    return Found(choice, (rung, mode == "fused", _speed_class(job, settings)))
+    coarse = SUM_FORMATS.index(choice.sums)
+    return Found(choice, (rung, mode == "fused", coarse, _speed_class(job, settings)))
 
 
 def _speed_class(job: Job, choice: Choice) -> int:
@@ -228,8 +270,8 @@ def _last(count: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def _smallest(job: Job, kind: Kind, mode: UpdateMode) -> list[Choice]:
-    """The smallest settings of a kind in that mode: single sequences, whose gradients are summed
-    in float32, or the whole batch at once, which needs no sums; whichever are allowed."""
+    """The smallest settings of a kind in that mode: single sequences, whose gradients are summed,
+    or the whole batch at once, which needs no sums; whichever are allowed."""
     fixed = job.config.train.micro_batch
     sizes = {job.rows} if mode == "fused" else {1, job.rows}
     sizes = sizes if fixed == "auto" else {settled(fixed)}
@@ -335,9 +377,11 @@ def least(job: Job) -> Choice:
 
 
 def _all_smallest(job: Job, kinds: Iterable[Kind]) -> list[Choice]:
+    """With the coarsest sums that are tried."""
+    coarsest = [replace(kind, sums=sum_formats(job.config, kind)[-1]) for kind in kinds]
     return [
         choice
-        for kind in kinds
+        for kind in coarsest
         for mode in modes(job.config, kind, job.rows)
         for choice in _smallest(job, kind, mode)
     ]
@@ -444,6 +488,7 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "clip": "off" if choice.clip is None else choice.clip,
             "weights": choice.weights,
             "ends": choice.ends,
+            "sums": choice.sums,
         }
     )
     return config.model_copy(update={"optimizer": optimizer, "train": train})

@@ -41,6 +41,8 @@ PASSES = {
     "gate backward": 5,
     "logits": 29,
     "codes": 5.5,
+    "bf16 sums": 111,
+    "int8 sums": 115,
 }
 """What kernels/ move per element, in elements of two bytes, as they are written now. Two work on
 slices that stay in the cache, "norm backward" and "gate backward": each operand counts once."""
@@ -48,10 +50,13 @@ slices that stay in the cache, "norm backward" and "gate backward": each operand
 _ACTIVATION = 2  # bytes: bf16, as gradients and most weights are
 _CODE = 1  # of a weight in int8, whose scales are few
 _SUM = 4  # float32
+_HELD = {"fp32": _SUM, "bf16": 2.0, "int8": 1 + 4 / 256, "host": _SUM}  # bytes of a sum
+_STAGED = 26  # bytes of device memory per element that visits it to be added to
+_BUS = 20e9  # bytes/s between page-locked host memory and a card: a preset, PCIe 4.0 x16 has 31.5e9
 _STATE = {"fp32": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
 _NEWTON_SCHULZ = 5  # iterations
 
-Kind = Literal["products", "attention", "traffic", "solver"]
+Kind = Literal["products", "attention", "traffic", "solver", "bus"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Op:
     tokens: float = 0.0  # of a product with activations, which few of them leave half idle
 
     def seconds(self, rates: Rates) -> float:
+        if self.kind == "bus":
+            return self.times * self.bytes / _BUS
         moving = self.bytes / ((1.0 if rates.measured else BANDWIDTH) * 1e9 * rates.bandwidth)
         share = (REACHED if rates.measured else UTILISATION).get(self.kind)
         rate = SOLVER_RATE if share is None else share * 1e12 * rates.tflops
@@ -329,10 +336,21 @@ def rank_of(timed: Timed, m: int, n: int) -> int:
 
 
 def _sums(choice: Choice, whole: float, projected: float) -> Iterator[Op]:
-    """Adding each micro-batch's gradient, of `whole` elements, or its projection, to a sum."""
-    if choice.accumulate > 1:
-        moved = (whole + projected) * (_ACTIVATION + 2 * _SUM)
-        yield Op("gradient sums", "traffic", 0, moved, choice.accumulate)
+    """Adding each micro-batch's gradient, of `whole` elements, or its projection, to a sum.
+
+    Host memory is written once per micro-batch, read in all but the first, and read again for the
+    norm and for the step; that this overlaps with computing is left out.
+    """
+    if choice.accumulate == 1:
+        return
+    elements, moved = whole + projected, _ACTIVATION + 2.0 * _SUM
+    if choice.sums in ("bf16", "int8"):
+        moved = _ACTIVATION * PASSES[f"{choice.sums} sums"]
+    if choice.sums == "host":
+        moved = _STAGED
+        crossings = 2 * choice.accumulate + 1
+        yield Op("gradient sums", "bus", 0, elements * _SUM, crossings)
+    yield Op("gradient sums", "traffic", 0, elements * moved, choice.accumulate)
 
 
 def _bytes_per_element(
@@ -347,7 +365,7 @@ def _bytes_per_element(
 
     share: elements in the subspace per element of the matrix. weight: bytes of one.
     """
-    gradient = _SUM if choice.accumulate > 1 else _ACTIVATION
+    gradient = _HELD[choice.sums] if choice.accumulate > 1 else _ACTIVATION
     read = gradient * (share if summed_inside else work.reads)
     form = "8bit" if choice.method == "adam8bit" else choice.states
     return read + 2 * weight + 2 * work.moments * share * _STATE.get(form, 4.0)

@@ -21,7 +21,7 @@ from lowmem.optim.optimizer import Optimizer
 from lowmem.tensorfile import read_tensors
 from lowmem.train.events import Converted, ConvertedPart
 
-_TRAIN = ("weights", "device", "update", "micro_batch", "recompute", "logits", "clip")
+_TRAIN = ("weights", "device", "update", "sums", "micro_batch", "recompute", "logits", "clip")
 
 _BECOMES: dict[How, str] = {
     "kept": "the same values",
@@ -32,6 +32,7 @@ _BECOMES: dict[How, str] = {
 }
 _FROM_NOW_ON = {
     "update": "subspaces may be chosen from another gradient",
+    "sums": "gradients are summed so from the next update on",
     "micro_batch": "the same batches; sums are made in another order",
     "recompute": "the same numbers, made twice or kept",
     "logits": "the same numbers, made twice or kept",

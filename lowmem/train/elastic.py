@@ -99,6 +99,9 @@ def ways_down(config: Config, given: Set[str]) -> Iterator[tuple[str, Config]]:
     }
     config = _with(config, "train", free)
     yield "another micro-batch and recomputation", config
+    if "train.sums" not in given:
+        config = _with(config, "train", {"sums": "auto"})
+        yield "sums of gradients in another format", config
     method, states = config.optimizer.method, config.optimizer.states
     if (
         "optimizer.states" not in given

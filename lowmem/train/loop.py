@@ -255,6 +255,8 @@ def declared(config: Config, device: str) -> tuple[Llama, Optimizer]:
         mode=settled(config.train.update),
         seed=config.train.seed,
         head_dim=model.config.head_dim,
+        # Runs that were planned before there was a choice have fp32.
+        sums="fp32" if config.train.sums == "auto" else settled(config.train.sums),
     )
     return model, optimizer
 

@@ -74,6 +74,24 @@ def test_composed_is_rehearsed(method: str, mode: str, accumulate: int, attentio
     assert composed == rehearsed
 
 
+@pytest.mark.parametrize(
+    ("method", "mode", "sums", "attention"),
+    [
+        ("galore", "unfused", "int8", "flash"),
+        ("galore", "fused+subspace", "host", "flash"),
+        ("adamw", "unfused", "host", "cpu"),
+        ("apollo", "fused+subspace", "bf16", "cpu"),
+        ("frugal", "unfused", "bf16", "flash"),
+    ],
+)
+def test_composed_is_rehearsed_with_other_sums(
+    method: str, mode: str, sums: Any, attention: str
+) -> None:
+    how = replace(choice(method, mode, 3, "full"), sums=sums)
+    composed, rehearsed = both(model(4), how, attention)
+    assert composed == rehearsed
+
+
 @pytest.mark.parametrize("rest", ["adam8bit", "apollo_mini"])
 @pytest.mark.parametrize(("mode", "accumulate"), MODES)
 def test_composed_is_rehearsed_with_ends_in_codes(mode: str, accumulate: int, rest: str) -> None:
@@ -116,6 +134,7 @@ def random_case(seed: int) -> tuple[ModelConfig, Choice, str]:
         micro_batches,
         draw.choice([None, 1.0]) if mode != "fused" else None,
         draw.choice(["recompute", "keep"]),
+        sums=draw.choice(["fp32", "bf16", "int8", "host"]),
     )
     return sizes, how, attention
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem.config.presets import read_preset
 from lowmem.config.schema import ModelConfig, OptimizerConfig
+from lowmem.kernels.slices import SLICE_ELEMENTS
 from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window
@@ -70,6 +71,7 @@ def real_peak(
         mode=how.update,
         seed=0,
         head_dim=shape.head_dim,
+        sums=how.sums,
     )
     hold_worst_window(optimizer)  # as a rehearsal does
     optimizer.attach(model)
@@ -112,6 +114,25 @@ def test_meta_equals_real_to_the_byte(
     rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
     assert rehearsed.tensors == real_peak(optimizer, how, 32)
     assert sum(rehearsed.parts.values()) == rehearsed.tensors
+
+
+@pytest.mark.parametrize("sums", ["bf16", "int8", "host"])
+@pytest.mark.parametrize(
+    ("mode", "weights", "tied"),
+    [("unfused", "bf16", False), ("fused+subspace", "bf16", True), ("unfused", "int8", False)],
+)
+@pytest.mark.parametrize("method", ["adam8bit", "scale", "galore", "frugal"])
+def test_sums_of_other_formats_are_rehearsed_to_the_byte(
+    method: str, mode: str, weights: str, tied: bool, sums: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", 192)
+    monkeypatch.setitem(SLICE_ELEMENTS, "cpu", 4096)  # more slices than a rehearsal visits
+    optimizer = OptimizerConfig.model_validate({"method": method})
+    shape = MODEL.model_copy(update={"num_hidden_layers": 1, "tie_word_embeddings": tied})
+    how = replace(choice(mode, "full", weights, 3), sums=sums)
+    rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
+    assert rehearsed.tensors == real_peak(optimizer, how, 32, shape)
+    assert rehearsed.host == 0  # which is the device here
 
 
 @pytest.mark.parametrize("tied", [False, True])

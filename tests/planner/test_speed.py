@@ -27,6 +27,7 @@ from lowmem.kernels.swiglu import swiglu
 from lowmem.model.llama import Llama
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.methods import METHODS
+from lowmem.optim.sums import CodedSum, RoundedSum
 from lowmem.planner.hardware import card_facts, find_card
 from lowmem.planner.plan import Card, Choice, Rates, Speed
 from lowmem.planner.search import make_plan
@@ -184,6 +185,8 @@ def test_passes_over_memory_are_those_of_the_kernels(what: str) -> None:
         "gate": lambda: swiglu(x, y),
         "codes": lambda: codes.values(torch.bfloat16),
         "logits": head,
+        "bf16 sums": lambda: RoundedSum.zeros(x.shape, x.device).add(x, 0, 1),
+        "int8 sums": lambda: CodedSum.zeros(x.shape, x.device).add(x, 0, 1),
     }
     with BytesMoved() as moved:
         calls[what]()

@@ -231,6 +231,7 @@ def test_a_smaller_card_takes_the_first_way_down_that_fits(ready_config: MakeCon
     assert said == [
         "the run's settings",
         "another micro-batch and recomputation",
+        "sums of gradients in another format",
         "8-bit states",
         "rank 16",
         "rank 8",
