@@ -244,8 +244,18 @@ class Optimizer:
 
     @property
     def norm_of(self) -> str:
-        """What `norm` measures: "gradient", or "kept" (projections where there are any)."""
-        return "kept" if self.mode == "fused+subspace" else "gradient"
+        """What `norm` measures.
+
+        "gradient": of the whole update, the sum of its micro-batches as it is kept. "gradient,
+        afterwards": the same, known when the weights have moved. "projections": what is kept of
+        it. "gradient and projections": whole gradients of some weights, projections of others.
+        """
+        if self.mode == "fused":
+            return "gradient, afterwards"
+        whole = {slot.method.needs.full_gradient for slot in self.slots.values()}
+        if self.mode == "unfused" or whole == {True}:
+            return "gradient"
+        return "projections" if whole == {False} else "gradient and projections"
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scale this update so that its norm is at most max_norm. No host synchronisation."""

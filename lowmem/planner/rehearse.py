@@ -49,7 +49,7 @@ _STRAY_BYTES = 2**20  # more than this in real memory during a rehearsal is a bu
 
 GATHER, STEP, EVALUATE = SEGMENTS = ("forward and backward", "update", "evaluation")
 
-PERSISTENT = ("weights", "states", "projections")
+PERSISTENT = ("weights", "states", "projections", "staging")
 PARTS = (
     *PERSISTENT,
     "gradients",
@@ -438,7 +438,7 @@ def persistent_tensors(
     """
     chosen = list(optimizer.slots if names is None else names)
     if optimizer.staging is not None:
-        yield from (("gradients", place) for place in optimizer.staging.places)
+        yield from (("staging", place) for place in optimizer.staging.places)
     for name in chosen:
         slot = optimizer.slots[name]
         yield from (("weights", tensor) for tensor in stored(slot.weight))

@@ -12,7 +12,7 @@ from lowmem.planner.plan import SCHEMA_VERSION, Plan
 from lowmem.planner.quality import why_by_name_only
 from lowmem.units import format_bytes
 
-PERSISTENT = ("weights", "states", "projections", "workspace")
+PERSISTENT = ("weights", "states", "projections", "staging", "workspace")
 HELD = ("gradients",)
 
 

@@ -47,7 +47,7 @@ class Trained:
     lr: float
     tokens: int
     grad_norm: float
-    norm_of: str  # "gradient" or "kept": which norm that is
+    norm_of: str  # which norm that is: see Optimizer.norm_of
     seconds: float
     tokens_per_second: float
     memory_bytes: int

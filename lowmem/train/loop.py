@@ -23,6 +23,7 @@ from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
+from lowmem.planner.hardware import available_memory
 from lowmem.planner.plan import Plan
 from lowmem.train import checkpoint, diagnose
 from lowmem.train.disk import Patience, most_at_once, require_room
@@ -57,6 +58,7 @@ from lowmem.train.saver import Saver, host_copy_of
 from lowmem.train.schedule import learning_rate
 from lowmem.train.snapshot import Position, Snapshot
 from lowmem.train.watch import Watch
+from lowmem.units import format_bytes
 
 PAUSE_SECONDS = 1.0  # between two looks at the file PAUSE
 
@@ -71,6 +73,7 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
     began = time.perf_counter()
     batches, validation = text_of(run.config, corpus)
     planned = plan or run.plan()
+    _require_host_memory(planned)
     with held(run.folder), stop_requests(run.folder) as stop, told_out_of_memory():
         checkpoint.tidy(run)
         disk = Patience(run, report, stop)
@@ -222,6 +225,17 @@ def require_hardware(config: Config) -> None:
             f"{torch.cuda.get_device_name()} has no bf16 attention",
             "bf16 needs compute capability 8.0 (Ampere) or newer",
             "--weights fp32",
+        )
+
+
+def _require_host_memory(plan: Plan | None) -> None:
+    """HardwareError where the host has no room for the sums that are to lie there."""
+    needed, free = plan.memory.host if plan is not None else 0, available_memory()
+    if needed > free:
+        raise HardwareError(
+            'train.sums = "host" does not fit into the memory of this host',
+            f"the sums of gradients take {format_bytes(needed)} of {format_bytes(free)}",
+            "--sums int8, a smaller --batch, or free memory",
         )
 
 

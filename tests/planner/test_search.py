@@ -3,19 +3,23 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from lowmem.config.defaults import settle
-from lowmem.config.schema import Config
+from lowmem.config.presets import read_preset
+from lowmem.config.schema import Config, SumFormat
 from lowmem.errors import ConfigError
+from lowmem.kernels.slices import SLICE_ELEMENTS
 from lowmem.optim.methods import METHODS, MethodSpec
 from lowmem.planner.candidates import Kind, modes
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job
-from lowmem.planner.plan import SCHEMA_VERSION, Plan
-from lowmem.planner.search import make_plan
+from lowmem.planner.plan import SCHEMA_VERSION, Choice, Plan
+from lowmem.planner.search import SUM_FORMATS, _in_any_way, make_plan
+from lowmem.planner.speed import matrices
 from lowmem.units import GIB
 
 
@@ -109,6 +113,11 @@ def test_a_plan_leaves_nothing_open() -> None:
             "cannot accumulate 8 sequences",
         ),
         ({"train": {"micro_batch": 9, "batch": "8seq"}}, "train.micro_batch = 9 is more than"),
+        ({"train": {"update": "fused", "sums": "int8"}}, 'train.sums = "int8" with train.update'),
+        (
+            {"optimizer": {"method": "sophia"}, "train": {"sums": "bf16"}},
+            "train.sums = \"bf16\" with method 'sophia'",
+        ),
         ({"optimizer": {"method": "adamw", "rank": 8}}, "optimizer.rank = 8 does not suit"),
         ({"optimizer": {"method": "galor"}}, "optimizer.method = 'galor' is unknown"),
         ({"optimizer": {"method": "galore", "rnak": 8}}, "optimizer.rnak is unknown"),
@@ -169,6 +178,86 @@ def test_the_cheap_bound_is_never_more_than_the_peak(kind: Kind) -> None:
             choice = job.choice(kind, mode, level, "recompute", micro)
             least = job.persistent(kind)
             assert least <= least + job.sums(choice) < job.peak(choice)
+
+
+@pytest.fixture
+def summing(monkeypatch: pytest.MonkeyPatch) -> Job:
+    """AdamW on a small model, 8 sequences one by one. Slices are short, for host sums have some on
+    the card, and sequences long, so that backward is the peak."""
+    monkeypatch.setitem(SLICE_ELEMENTS, "cuda", 2**16)
+    how = {"batch": "8seq", "micro_batch": 1, "weights": "bf16", "recompute": "full"}
+    sections = {
+        "data": {"seq_len": 1024},
+        "optimizer": {"method": "adamw", "states": "fp32"},
+        "train": how | {"logits": "recompute"},
+    }
+    config, _ = settle(Config.model_validate({"model": "llama-9m", **sections}), cuda=True)
+    return Job.of(config, find_card("8GB", "cuda"))
+
+
+def summed(job: Job, sums: SumFormat) -> Choice:
+    kind = Kind("adamw", None, "fp32", sums=sums)
+    return job.choice(kind, "unfused", "full", "recompute", 1)
+
+
+def test_sums_are_no_coarser_than_it_takes_to_fit(summing: Job) -> None:
+    peaks = {sums: summing.peak(summed(summing, sums)) for sums in SUM_FORMATS}
+    assert list(peaks.values()) == sorted(set(peaks.values()), reverse=True)
+    for sums, peak in peaks.items():
+        found = _in_any_way(summing, peak)[2]
+        assert found == summed(summing, sums)
+        assert _in_any_way(summing, peak - 1)[2] != found
+    assert _in_any_way(summing, peaks["host"] - 1)[2] is None
+
+
+def test_sums_in_host_memory_are_counted_there(summing: Job) -> None:
+    """4 bytes of every weight with 4096 elements or more, in units of 512."""
+    choice = summed(summing, "host")
+    model = read_preset("llama-9m")
+    large = sum(m * n * count for m, n, count in matrices(model))
+    large += 2 * model.vocab_size * model.hidden_size
+    assert summing.host(choice) == 4 * large
+    assert summing.memory(choice).host == 4 * large
+    assert summing.memory(choice).tensors == summing.tensors(choice)
+    assert summing.host(summed(summing, "int8")) == 0
+
+
+def test_a_machine_without_the_memory_gets_no_host_sums(
+    summing: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak, needed = (of(summed(summing, "host")) for of in (summing.peak, summing.host))
+    here = replace(summing, card=replace(summing.card, source="measured"))
+    for free, chosen in ((needed - 1, None), (needed, summed(summing, "host"))):
+        monkeypatch.setattr("lowmem.planner.search.available_memory", lambda free=free: free)
+        assert _in_any_way(here, peak)[2] == chosen
+        assert _in_any_way(summing, peak)[2] == summed(summing, "host")  # a card elsewhere
+
+
+def test_a_plan_says_that_sums_are_coarser() -> None:
+    config, notes = settle(
+        Config.model_validate(
+            {
+                "model": "llama-9m",
+                "gpu": "8GB",
+                "optimizer": {"method": "adamw", "states": "fp32"},
+                "train": {"batch": "8seq", "micro_batch": 1, "weights": "bf16"},
+            }
+        ),
+        cuda=True,
+    )
+    card = find_card("8GB", "cuda")
+    job = Job.of(config, card)
+    room = job.peak(summed(job, "fp32")) - 1
+    plan = make_plan(config, replace(card, total=room, context=0, others=0, margin=0), notes)
+    assert plan.fits
+    assert plan.choice.sums == "bf16"
+    assert plan.config.train.sums == "bf16"
+    assert "bf16 sums" in plan.choice.sentence()
+    said = "bf16 sums of gradients instead of fp32 ones on the card, which do not fit"
+    assert plan.departures[0] == said
+    again = make_plan(plan.config, plan.card, [])
+    assert again.choice == plan.choice
+    assert said not in again.notes  # now it was asked for
 
 
 def test_a_table_of_ranks_is_planned() -> None:

@@ -34,14 +34,14 @@ from lowmem.train.events import (
 
 RECORDS: list[tuple[Event, dict[str, Any]]] = [
     (
-        Trained(3, 4.5, 0.01, 1024, 0.7, "kept", 0.5, 512.0, 10**9),
+        Trained(3, 4.5, 0.01, 1024, 0.7, "gradient", 0.5, 512.0, 10**9),
         {
             "update": 3,
             "loss": 4.5,
             "lr": 0.01,
             "tokens": 1024,
             "grad_norm": 0.7,
-            "norm_of": "kept",
+            "norm_of": "gradient",
             "seconds": 0.5,
             "tokens_per_second": 512.0,
             "memory_bytes": 10**9,

@@ -129,6 +129,43 @@ def test_every_method_resumes_bit_for_bit(
     assert hashes(cut) == hashes(whole)
 
 
+@pytest.mark.parametrize(
+    ("sums", "mode", "method", "weights"),
+    [
+        ("bf16", "unfused", "adamw", "bf16"),
+        ("int8", "unfused", "adam8bit", "int8"),
+        ("int8", "fused+subspace", "galore", "bf16"),
+        ("host", "fused+subspace", "galore-8bit", "fp32"),
+    ],
+)
+def test_sums_of_every_format_resume_bit_for_bit(
+    sums: str,
+    mode: str,
+    method: str,
+    weights: str,
+    tiny_config: MakeConfig,
+    tiny_corpus: Corpus,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lowmem.optim.sums.LEAST_ELEMENTS", 1)
+    how = {"update": mode, "weights": weights, "micro_batch": 3}
+
+    def run(name: str, sums: str) -> Run:
+        config = tiny_config(optimizer=METHODS[method], train=how | {"sums": sums})
+        return Run.create(in_folder(ready(config), name), None)
+
+    whole, cut, exact = run("whole", sums), run("cut", sums), run("exact", "fp32")
+    train(whole, tiny_corpus, silent)
+    with pytest.raises(Stopped, match="SIGTERM after 3 updates"):
+        train(cut, tiny_corpus, stop_after(2))
+    train(Run.open(cut.folder), tiny_corpus, silent)
+    assert told(cut) == told(whole)
+    assert hashes(cut) == hashes(whole)
+    train(exact, tiny_corpus, silent)
+    assert (told(whole) == told(exact)) == (sums == "host")
+    assert (hashes(whole) == hashes(exact)) == (sums == "host")
+
+
 @pytest.mark.parametrize("rest", ["adam8bit", "apollo_mini"])
 @pytest.mark.parametrize("mode", MODES)
 def test_ends_in_codes_resume_bit_for_bit(
