@@ -118,10 +118,15 @@ def test_meta_equals_real_to_the_byte(
 
 @pytest.mark.parametrize("sums", ["bf16", "int8", "host"])
 @pytest.mark.parametrize(
-    ("mode", "weights", "tied"),
-    [("unfused", "bf16", False), ("fused+subspace", "bf16", True), ("unfused", "int8", False)],
+    ("method", "mode", "weights", "tied"),
+    [
+        ("adam8bit", "unfused", "bf16", True),
+        ("scale", "fused+subspace", "bf16", False),
+        ("galore", "unfused", "int8", False),
+        ("galore", "fused+subspace", "bf16", True),
+        ("frugal", "unfused", "bf16", False),
+    ],
 )
-@pytest.mark.parametrize("method", ["adam8bit", "scale", "galore", "frugal"])
 def test_sums_of_other_formats_are_rehearsed_to_the_byte(
     method: str, mode: str, weights: str, tied: bool, sums: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,7 +154,7 @@ def test_what_the_allocator_takes_is_guessed_well() -> None:
 @pytest.mark.slow
 def test_a_choice_near_the_brim_is_made_to_fit() -> None:
     """Fragmentation beyond the estimate must shrink the micro-batch, not refuse the run."""
-    plan = plan_of("llama-7b", "24GB", data={"source": "c4"})
+    plan = plan_of("llama-7b", "24GB", data={"source": "c4"}, train={"sums": "fp32"})
     assert plan.fits
     assert plan.choice.method == "galore"  # the best that sums 512 sequences in its subspace
     assert plan.choice.update == "fused+subspace"
@@ -163,6 +163,15 @@ def test_a_choice_near_the_brim_is_made_to_fit() -> None:
     for method in ("scale", "apollo", "apollo_mini", "adamw", "adam8bit"):
         assert "too much in weights, states and sums alone" in rejected[method]
     assert plan.memory.reserved > 0.9 * plan.card.usable_bytes
+
+
+@pytest.mark.slow
+def test_coarser_sums_make_a_better_method_fit() -> None:
+    plan = plan_of("llama-7b", "24GB", data={"source": "c4"})
+    assert plan.fits
+    assert (plan.choice.method, plan.choice.weights) == ("scale", "int8")
+    assert (plan.choice.update, plan.choice.sums) == ("unfused", "bf16")
+    assert plan.choice.accumulate > 1
 
 
 @pytest.mark.parametrize("kind", [Kind("scale", None, "fp32"), Kind("galore", 8, "8bit")])
