@@ -229,7 +229,12 @@ def _device_line(plan: Plan) -> list[str]:
     if plan.card.kind == "cpu":
         return []
     used, total = format_bytes(plan.device_bytes), format_bytes(plan.card.total)
-    return [f"        {used} of the card's {total} in use, with context and others"]
+    lines = [f"        {used} of the card's {total} in use, with context and others"]
+    if plan.memory.host:
+        lines.append(
+            f"        {format_bytes(plan.memory.host)} of host memory, for sums of gradients"
+        )
+    return lines
 
 
 def _energy(plan: Plan) -> str:

@@ -126,6 +126,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "update": choice.update,
         "recompute": choice.recompute,
         "micro-batch": f"{choice.micro_batch} x {choice.accumulate}",
+        "sums": choice.sums if choice.accumulate > 1 else "none",
         "clip": "off" if choice.clip is None else f"{choice.clip:g}",
         "weights and states": format_bytes(persistent),
         "gradients held": format_bytes(held),
