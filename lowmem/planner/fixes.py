@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lowmem.config.schema import UpdateMode
+from lowmem.config.schema import SumFormat, UpdateMode
 from lowmem.optim.methods import method_spec
 from lowmem.planner.candidates import curvatures, sums_projected
 from lowmem.planner.job import Job, kind_of
@@ -47,6 +47,9 @@ def _variations(job: Job, choice: Choice) -> Iterator[tuple[str, Choice]]:
     summed = not asked and sums_projected(kind_of(choice), job.config.optimizer)
     if choice.update == "unfused" and summed:
         yield f"--update {subspace}", replace(choice, update=subspace)
+    if choice.accumulate > 1 and not asked:
+        for sums in _coarser_sums(choice.sums, train.device):
+            yield f"--sums {sums}", replace(choice, sums=sums)
     if choice.recompute != "full":
         yield "--recompute full", replace(choice, recompute="full")
     if choice.micro_batch > 1 and choice.update != "fused":
@@ -61,6 +64,12 @@ def _variations(job: Job, choice: Choice) -> Iterator[tuple[str, Choice]]:
         yield "--weights int8", replace(choice, weights="int8")
     elif choice.ends == "exact":
         yield "--ends int8", replace(choice, ends="int8")
+
+
+def _coarser_sums(sums: SumFormat, device: str) -> list[SumFormat]:
+    """What saves more; host memory is none beside a CPU's."""
+    formats: list[SumFormat] = ["int8", "host"] if device == "cuda" else ["int8"]
+    return formats[formats.index(sums) + 1 :] if sums in formats else formats
 
 
 def _single(choice: Choice) -> Choice:

@@ -36,3 +36,27 @@ def test_smaller_formats_of_the_weights_are_proposed_where_the_method_takes_them
         f"--weights {w}" for w in proposed
     ]
     assert all(found[f"--weights {w}"] == w for w in proposed)
+
+
+@pytest.mark.parametrize(
+    ("method", "sums", "micro_batches", "cuda", "proposed"),
+    [
+        ("adamw", "fp32", 8, True, ["int8", "host"]),
+        ("adamw", "int8", 8, True, ["host"]),
+        ("adamw", "host", 8, True, []),
+        ("adamw", "fp32", 8, False, ["int8"]),  # host memory is the device
+        ("adamw", "fp32", 1, True, []),  # nothing to sum
+        ("sophia", "fp32", 8, True, []),  # it refuses others
+    ],
+)
+def test_coarser_sums_are_proposed_where_there_are_sums(
+    method: str, sums: Any, micro_batches: int, cuda: bool, proposed: list[str]
+) -> None:
+    given = {"optimizer": {"method": method}, "train": {"batch": "8seq"}}
+    config, _ = settle(Config.model_validate({"model": "llama-9m", **given}), cuda=cuda)
+    job = Job.of(config, find_card("8GB", config.train.device))
+    kind = Kind(method, None, "fp32", "fp32", sums=sums)
+    choice = job.choice(kind, "unfused", "keep", "recompute", 8 // micro_batches)
+    found = {flags: other.sums for flags, other in _variations(job, choice)}
+    assert [flags for flags in found if "--sums" in flags] == [f"--sums {s}" for s in proposed]
+    assert all(found[f"--sums {s}"] == s for s in proposed)
