@@ -29,7 +29,8 @@ rounding = pytest.mark.parametrize("sums", ["bf16", "int8"])
 @pytest.fixture(autouse=True)
 def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the tensors here have several."""
-    monkeypatch.setitem(SLICE_ELEMENTS, "cpu", 1024)
+    for device in SLICE_ELEMENTS:
+        monkeypatch.setitem(SLICE_ELEMENTS, device, 1024)
 
 
 def draw(count: int, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:
@@ -286,3 +287,21 @@ def test_small_tensors_are_summed_in_float32(sums: str) -> None:
     assert kept.dtype == torch.float32
     assert torch.equal(kept, torch.full((40,), 2 * (2.0**-20 / 3)))
     assert isinstance(optimizer.slots["head"].kept, NOT_TENSORS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sums_that_leave_a_card_and_come_back_change_no_bit() -> None:
+    """Gradients overwritten as soon as they are handed over, many more slices than places."""
+    device, shape = torch.device("cuda"), torch.Size((512, 256))
+    torch.cuda.manual_seed(1)
+    pieces = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(6)]
+    exact = torch.zeros(shape, device=device)
+    total = HostSum(shape, Staging(exact))
+    assert all(room.is_pinned() for room in total.rooms)
+    for piece in pieces:
+        exact.add_(piece)
+        handed = piece.clone()
+        total.add(handed, 0, 0)
+        handed.fill_(float("nan"))
+    assert torch.equal(total.whole(), exact)
