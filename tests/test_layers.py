@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowmem"
 
-FOUNDATION = {"errors", "units", "naming", "phases", "tensorfile"}
+FOUNDATION = {"errors", "units", "naming", "phases", "private", "tensorfile"}
 _PARTS = {*FOUNDATION, "kernels", "config.schema", "config.recompute"}
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),

@@ -38,6 +38,7 @@ class Evidence:
     rank: float | None
     moments: str
     weights: str
+    protocol: str
     size: str
     parameters: float
     updates: int | None
@@ -112,6 +113,7 @@ def _rows(table: dict[str, Any]) -> Iterator[Evidence]:
                 rank=row["rank"][at] if "rank" in row else None,
                 moments=row.get("moments", "bf16"),
                 weights=row.get("weights", "bf16"),
+                protocol=table["protocol"],
                 size=size,
                 parameters=_file()["sizes"][size]["parameters"],
                 updates=protocol.get("updates", {}).get(size),
