@@ -208,6 +208,35 @@ def sample(
     command.sample(given, path, prompt, choice, device=device, as_json=json)
 
 
+def sweep(
+    given: Given,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="a sweep in TOML", show_default=False),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", metavar="N|0,1,2", help="of every setting; 3 is 0, 1 and 2"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="stop after the plan")] = False,
+    json: Json = False,
+) -> None:
+    """Train every combination of settings with every seed, one after the other.
+
+    Without FILE, --method, --lr and --rank take several values with commas between them. What does
+    not fit is named before anything runs. Ctrl-C saves and stops; the same command goes on, and
+    what is finished is not repeated. Trials are ordinary runs in runs/NAME.
+
+    \b
+    Examples:
+      lowmem sweep --method adamw,galore --lr 0.001,0.003 --seeds 3 --model llama-9m --name rates
+      lowmem sweep rates.toml --dry-run
+    """
+    from lowmem.cli import sweep as command
+
+    command.sweep(given, command.Asked(file, seeds, dry_run), as_json=json)
+
+
 def compare(given: Given, runs: Runs, json: Json = False) -> None:
     """Put runs side by side, and say whether that is fair.
 
@@ -410,6 +439,7 @@ app.command("resume", rich_help_panel=RUNS)(with_settings(resume, named(*CHANGEA
 app.command("eval", rich_help_panel=RUNS)(with_settings(evaluate, named(*EVALUATION)))
 app.command("export", rich_help_panel=RUNS)(with_settings(export))
 app.command("sample", rich_help_panel=RUNS)(with_settings(sample))
+app.command("sweep", rich_help_panel=RUNS)(with_settings(sweep, SETTINGS, files=True))
 app.command("compare", rich_help_panel=RESULTS)(with_settings(compare))
 app.command("plot", rich_help_panel=RESULTS)(with_settings(plot))
 app.command("report", rich_help_panel=RESULTS)(with_settings(report))
