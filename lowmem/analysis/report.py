@@ -183,10 +183,17 @@ def _key(figure: Figure) -> str:
 
 
 def _memory(run: History) -> str:
-    """Plan against measured."""
+    """Plan against measured, as far as they are known."""
     plan, measured = run.plan, run.measured
-    if plan is None:
-        return ""
+    body = "" if plan is None else _table([], _planned(run, plan))
+    if measured is not None:
+        body += _measured_parts(measured) + _notes([_about(plan, measured)])
+    elif body:
+        body += _notes(["The peak of the first update was not measured."])
+    return _section("Memory: plan against measured", body) if body else ""
+
+
+def _planned(run: History, plan: Plan) -> list[list[str]]:
     rows = [
         ["settings", plan.choice.sentence()],
         ["card", f"{plan.card.name}: {format_bytes(plan.card.usable_bytes)} usable"],
@@ -196,12 +203,7 @@ def _memory(run: History) -> str:
         speed = run.trained[-1].tokens / run.seconds if run.seconds else 0.0
         planned = format_count(plan.speed.tokens_per_second)
         rows.append(["tokens/s", f"{planned} estimated, {format_count(speed)} measured"])
-    body = _table([], rows)
-    if measured is None:
-        body += _notes(["The peak of the first update was not measured."])
-    else:
-        body += _measured_parts(measured) + _notes([_about(plan, measured)])
-    return _section("Memory: plan against measured", body)
+    return rows
 
 
 def _measured_parts(measured: Measured) -> str:
@@ -229,14 +231,15 @@ def _measured_parts(measured: Measured) -> str:
     return f'<table class="parts"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
 
-def _about(plan: Plan, measured: Measured) -> str:
+def _about(plan: Plan | None, measured: Measured) -> str:
     kinds = {
         "tensors": "bytes of live tensors",
         "reserved": "what the allocator has reserved; parts are of what it has allocated",
     }
+    worst = "" if plan is None else f" Worst moment planned: {plan.memory.instant}."
     return (
         f"First update; {kinds.get(measured.what, measured.what)}. "
-        f"Bars: planned above, measured below. Worst moment planned: {plan.memory.instant}."
+        f"Bars: planned above, measured below.{worst}"
     )
 
 
