@@ -42,7 +42,8 @@ def show(comparison: Comparison, console: Console) -> None:
     for each in settings:
         for row in each.published:
             rank = "" if row.rank is None else f" rank {row.rank:g} of the width"
-            console.result(f"published: {row.method}{rank} {row.ppl:g} ({row.source}, {row.mark})")
+            told = f"published: {row.method}{rank} {row.ppl:g} ({row.source}, {row.mark})"
+            console.result(f"{told}; here, evaluated so: {_as_published(each)}")
     for note in comparison.notes:
         console.result(f"note: {note}")
 
@@ -64,6 +65,12 @@ def _figures(setting: Setting, comparison: Comparison) -> list[str]:
         format_seconds(setting.seconds),
         place,
     ]
+
+
+def _as_published(setting: Setting) -> str:
+    """Perplexities by the papers' evaluation, which must not be compared with true ones."""
+    told = [run.published_perplexity for run in setting.runs]
+    return ", ".join("not known" if each is None else f"{each:.5g}" for each in told)
 
 
 def _range(interval: Interval) -> str:

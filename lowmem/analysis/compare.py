@@ -277,6 +277,7 @@ def _record(setting: Setting) -> dict[str, Any]:
         "peak": None if setting.peak is None else asdict(setting.peak),
         "seconds": setting.seconds,
         "dominated_by": setting.dominated_by,
+        "published_protocol_perplexity": [run.published_perplexity for run in setting.runs],
         "published": [
             {"perplexity": row.ppl, "rank": row.rank, "source": row.source, "mark": row.mark}
             for row in setting.published

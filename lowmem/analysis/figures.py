@@ -292,7 +292,8 @@ def _marks(
             for name, ppl in results.items():
                 if ppl is not None:
                     found[name] = Mark(name, row.tokens, value(math.log(ppl)))
-    return list(found.values()), [] if found else [why_none(runs[0])]
+    note = "published points: by the papers' evaluation, which is too low; tokens with padding"
+    return list(found.values()), [note if found else why_none(runs[0])]
 
 
 def _figure(

@@ -131,6 +131,12 @@ class History:
         return perplexity(self.final.eval_loss) if self.final else None
 
     @property
+    def published_perplexity(self) -> float | None:
+        """What the papers' evaluation makes of the same losses; None: of another protocol."""
+        loss = getattr(self.final, "published_loss", None)
+        return None if loss is None else perplexity(loss)
+
+    @property
     def seconds(self) -> float:
         """Of all updates, without evaluation, saving and loading."""
         return sum(each.seconds for each in self.trained)

@@ -113,6 +113,9 @@ def _summary(run: History) -> str:
     if run.final is not None and run.perplexity is not None:
         after = format_count(run.tokens_at(run.final.update))
         cells.append(("perplexity", f"{run.perplexity:.5g}", f"validation after {after} tokens"))
+        if run.published_perplexity is not None:
+            words = "by the papers' evaluation, which is too low"
+            cells.append(("as published", f"{run.published_perplexity:.5g}", words))
         cells.append(("loss", f"{run.final.eval_loss:.4f}", "nats per token"))
     if run.trained:
         last = run.trained[-1]
@@ -143,9 +146,7 @@ def _verdict(run: History) -> str:
     if told is None:
         return ""
     rows = [
-        [key, _plain(told[key])]
-        for key in ("recipe", "verdict", "published", "measured", "tolerance")
-        if key in told
+        [key.replace("_", " "), _plain(value)] for key, value in told.items() if key != "deviations"
     ]
     deviations = told.get("deviations")
     listed = [_plain(each) for each in deviations] if isinstance(deviations, list) else []

@@ -38,7 +38,6 @@ class Evidence:
     rank: float | None
     moments: str
     weights: str
-    protocol: str
     size: str
     parameters: float
     updates: int | None
@@ -50,6 +49,7 @@ class Evidence:
     mark: Mark
     variant: str | None
     aside: str | None
+    protocol: str
 
     @property
     def counts(self) -> bool:
@@ -113,7 +113,6 @@ def _rows(table: dict[str, Any]) -> Iterator[Evidence]:
                 rank=row["rank"][at] if "rank" in row else None,
                 moments=row.get("moments", "bf16"),
                 weights=row.get("weights", "bf16"),
-                protocol=table["protocol"],
                 size=size,
                 parameters=_file()["sizes"][size]["parameters"],
                 updates=protocol.get("updates", {}).get(size),
@@ -125,6 +124,7 @@ def _rows(table: dict[str, Any]) -> Iterator[Evidence]:
                 mark=table["mark"],
                 variant=row.get("variant"),
                 aside=table.get("aside"),
+                protocol=table["protocol"],
             )
 
 

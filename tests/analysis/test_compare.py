@@ -10,6 +10,7 @@ import pytest
 from lowmem.analysis import compare as module
 from lowmem.analysis.compare import Comparison, compared
 from lowmem.analysis.history import read_all
+from lowmem.analysis.published import published_beside
 from lowmem.analysis.seeds import interval
 from lowmem.planner.quality import evidence
 from tests.analysis.conftest import MODEL, Make
@@ -155,6 +156,16 @@ def test_published_results_stand_beside_runs_of_their_size_protocol_and_length(
     short = make_run("b", **settings)
     assert 34.88 in [row.ppl for row in comparison(full).settings[0].published]
     assert comparison(short).settings[0].published == []
+
+
+def test_published_results_of_other_sizes_do_not_stand_beside_a_run(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem.analysis.published.protocol_of", lambda config: "galore")
+    (run,) = read_all([make_run("a", model="llama-60m", method="galore")])
+    assert {row.size for row in published_beside(run)} == {"60m"}
+    (small,) = read_all([make_run("b", method="galore")])
+    assert published_beside(small) == []
 
 
 def test_published_results_do_not_stand_beside_packed_text(make_run: Make) -> None:

@@ -15,7 +15,7 @@ import pytest
 from lowmem.analysis.history import History
 from lowmem.analysis.report import page, write_report
 from lowmem.errors import CheckpointError
-from lowmem.train.events import Skipped
+from lowmem.train.events import Grown, Paused, Skipped
 from lowmem.train.run import EVENTS
 from tests.analysis.conftest import Make, append
 
@@ -24,6 +24,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 VERDICT = {
     "recipe": "galore-60m",
+    "true_perplexity": 35.6,
     "published": 34.88,
     "measured": 35.0,
     "tolerance": "2 %",
@@ -102,6 +103,8 @@ def test_no_private_path_host_or_token_is_in_the_page(
     folder = make_run("a", data={"source": "/home/somebody/secret/text"})
     known = {"command": ["train", "--data", "/home/somebody/secret/text", "hf_abcdefgh1234"]}
     (folder / "env.json").write_text(json.dumps(known | {"system": "Linux attic-box"}))
+    append(folder / EVENTS, [Paused("/home/somebody/a/PAUSE is there")])
+    append(folder / EVENTS, [Grown(1, "/home/somebody/program", 1, 2)])
     deviations = ["data /home/somebody/secret/text"]
     (folder / "verdict.json").write_text(json.dumps(VERDICT | {"deviations": deviations}))
     text = written(folder)
@@ -115,7 +118,15 @@ def test_the_verdict_stands_with_its_deviations(make_run: Make) -> None:
     assert "Verdict" not in Page(written(folder)).words
     (folder / "verdict.json").write_text(json.dumps(VERDICT))
     words = Page(written(folder)).words
-    for told in ("Verdict", "reproduction: no match", "34.88", "35.0", "batch 8seq instead"):
+    for told in (
+        "Verdict",
+        "reproduction: no match",
+        "34.88",
+        "35.0",
+        "true perplexity",
+        "35.6",
+        "batch 8seq instead",
+    ):
         assert told in words, told
 
 
