@@ -76,4 +76,4 @@ def _as_published(setting: Setting) -> str:
 def _range(interval: Interval) -> str:
     if interval.low is None or interval.high is None:
         return ""
-    return f"{interval.low:.5g}..{interval.high:.5g}"
+    return f"{interval.low:.4g}..{interval.high:.4g}"

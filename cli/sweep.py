@@ -41,7 +41,7 @@ from lowmem.units import format_bytes, format_seconds, format_span
 DIVERGED = 6  # exit code; such a trial would diverge again, bit for bit
 _POLL_SECONDS = 0.2
 _LAST_LINES = 3  # of a log, where a trial said no error
-_NO_SEED = {"train": {"seed": 0}, "optimizer": {"lr": 0.0}, "run": {"name": None}}
+_NOT_PLANNED = {"train": {"seed": 0}, "optimizer": {"lr": 0.0}, "run": {"name": None}}
 
 
 @dataclass(frozen=True)
@@ -150,14 +150,18 @@ def _require_as_before(outcomes: Sequence[Outcome], folder: Path) -> None:
     """ConfigError: a trial of that name was something else when the sweep was begun."""
     for outcome in outcomes:
         path = folder / "trials" / f"{outcome.trial.name}.toml"
-        if path.is_file() and path.read_text(encoding="utf-8") != to_toml(outcome.config):
-            before = dict(flatten(load({}, [path], {}).config.model_dump()))
-            now = dict(flatten(outcome.config.model_dump()))
-            key = next(key for key in before | now if before.get(key) != now.get(key))
+        if not path.is_file():
+            continue
+        before, now = (
+            dict(flatten(config.model_dump()))
+            for config in (load({}, [path], {}).config, outcome.config)
+        )
+        other = [key for key in before | now if before.get(key) != now.get(key)]
+        if other:
             raise ConfigError(
                 f"{folder} holds another sweep",
-                f"trial {outcome.trial.name} had {key} = {before.get(key)!r}, now it is "
-                f"{now.get(key)!r}",
+                f"trial {outcome.trial.name} had {other[0]} = {before.get(other[0])!r}, now it is "
+                f"{now.get(other[0])!r}",
                 "--name with another name, or the settings as they were",
             )
 
@@ -216,7 +220,7 @@ def _forecast(outcomes: Sequence[Outcome], console: Console) -> None:
 
 def _kind(config: Config) -> str:
     """Equal for trials with the same plan."""
-    changes = {name: getattr(config, name).model_copy(update=v) for name, v in _NO_SEED.items()}
+    changes = {name: getattr(config, name).model_copy(update=v) for name, v in _NOT_PLANNED.items()}
     return to_toml(config.model_copy(update=changes))
 
 

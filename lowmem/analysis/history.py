@@ -78,9 +78,6 @@ class History:
                 records[kind].append(read)
         if wrong:
             warnings.append(_left_out(METRICS, wrong))
-        plan = run.plan()
-        if plan is None and (run.folder / "plan.json").is_file():
-            warnings.append("plan.json is damaged or of another version of lowmem")
         return History(
             folder=run.folder,
             config=run.config,
@@ -89,7 +86,7 @@ class History:
             diagnosed=records[Diagnosed],
             events=events,
             environment=_object(run.folder / "env.json", warnings) or {},
-            plan=plan,
+            plan=run.plan(),
             verdict=_object(run.folder / VERDICT, warnings),
             corpus=_corpus(run),
             process=holder_of(run.folder),

@@ -25,6 +25,7 @@ from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
 from lowmem.errors import CheckpointError
 from lowmem.planner.plan import Plan
+from lowmem.planner.quality import Evidence
 from lowmem.private import without_private
 from lowmem.train.events import Measured, Trained, perplexity
 from lowmem.units import format_bytes, format_count, format_seconds
@@ -187,6 +188,8 @@ def _memory(run: History) -> str:
     """Plan against measured, as far as they are known."""
     plan, measured = run.plan, run.measured
     body = "" if plan is None else _table([], _planned(run, plan))
+    if plan is None and (run.folder / "plan.json").is_file():
+        body = _notes(["plan.json is damaged or of another version of lowmem."])
     if measured is not None:
         body += _measured_parts(measured) + _notes([_about(plan, measured)])
     elif body:
@@ -245,7 +248,18 @@ def _about(plan: Plan | None, measured: Measured) -> str:
 
 
 def _published(run: History) -> str:
-    rows = [
+    """Published results beside the run: those of its method, the others folded."""
+    rows = sorted(published_beside(run), key=lambda row: row.ppl)
+    mine = [row for row in rows if row.method == run.config.optimizer.method]
+    if not rows:
+        return ""
+    body = _results(mine) if mine else _notes(["Nothing is published of this method."])
+    body += f"<details><summary>all {len(rows)} of this model</summary>{_results(rows)}</details>"
+    return _section("Published", body)
+
+
+def _results(rows: Iterable[Evidence]) -> str:
+    cells = [
         [
             row.method
             + ("" if row.rank is None else f", rank {row.rank:g} of the width")
@@ -253,10 +267,9 @@ def _published(run: History) -> str:
             f"{row.ppl:g}",
             f"{row.source} ({row.mark})",
         ]
-        for row in sorted(published_beside(run), key=lambda row: row.ppl)
+        for row in rows
     ]
-    head = ["method", "perplexity", "source"]
-    return _section("Published", _table(head, rows)) if rows else ""
+    return _table(["method", "perplexity", "source"], cells)
 
 
 def _events(run: History) -> str:

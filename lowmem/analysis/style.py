@@ -62,6 +62,7 @@ td:last-child:not(:nth-child(2)) { width: 50%; }
 td:last-child { overflow-wrap: anywhere; }
 th { font-weight: 600; overflow-wrap: break-word; }
 tbody th { width: 9rem; font-weight: normal; color: var(--quiet); }
+.parts td:last-child:not(:nth-child(2)) { width: auto; }
 .parts tbody th { width: 35%; color: var(--ink); }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .bar { display: block; margin-top: .15rem; }

@@ -76,7 +76,7 @@ def test_damaged_files_beside_the_metrics_are_told(make_run: Make, text: str) ->
     run = History.read(folder)
     assert (run.environment, run.verdict, run.plan) == ({}, None, None)
     named = sorted(warning.split()[0] for warning in run.warnings)
-    assert named == ["env.json", "plan.json", "verdict.json"]
+    assert named == ["env.json", "verdict.json"]
 
 
 def test_a_run_of_a_living_process_is_running(make_run: Make) -> None:

@@ -145,11 +145,23 @@ def test_a_run_of_any_length_has_a_page(make_run: Make, losses: tuple[float, ...
     assert "unfinished" in words
 
 
+def test_published_results_stand_on_the_page_its_own_method_first(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem.analysis.published.protocol_of", lambda config: "galore")
+    words = Page(written(make_run("a", model="llama-60m", method="galore"))).words
+    assert words.index("galore, rank 0.25 of the width, 10,000 updates34.88") < words.index("fira,")
+    assert "Published" not in Page(written(make_run("b", method="galore"))).words
+
+
 def test_damage_is_told_on_the_page(make_run: Make) -> None:
     folder = make_run("a")
+    (folder / "plan.json").write_text("{")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write("{\n")
-    assert "1 line is no record" in Page(written(folder)).words
+    words = Page(written(folder)).words
+    assert "1 line is no record" in words
+    assert "plan.json is damaged" in words
 
 
 @pytest.mark.parametrize(
