@@ -32,6 +32,7 @@ data = typer.Typer(help="Turn text into token shards, and look at them.")
 config = typer.Typer(help="Show, check and describe configurations.")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder", show_default=False)]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")]
 Weights = Annotated[
     Path,
     typer.Argument(
@@ -207,6 +208,95 @@ def sample(
     command.sample(given, path, prompt, choice, device=device, as_json=json)
 
 
+def sweep(
+    given: Given,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="a sweep in TOML", show_default=False),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", metavar="N|0,1,2", help="of every setting; 3 is 0, 1 and 2"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="stop after the plan")] = False,
+    json: Json = False,
+) -> None:
+    """Train every combination of settings with every seed, one after the other.
+
+    Without FILE, --method, --lr and --rank take several values with commas between them. What does
+    not fit is named before anything runs. Ctrl-C saves and stops; the same command goes on, and
+    what is finished is not repeated. Trials are ordinary runs in runs/NAME.
+
+    \b
+    Examples:
+      lowmem sweep --method adamw,galore --lr 0.001,0.003 --seeds 3 --model llama-9m --name rates
+      lowmem sweep rates.toml --dry-run
+    """
+    from lowmem.cli import sweep as command
+
+    command.sweep(given, command.Asked(file, seeds, dry_run), as_json=json)
+
+
+def compare(given: Given, runs: Runs, json: Json = False) -> None:
+    """Put runs side by side, and say whether that is fair.
+
+    Runs that differ only in their seeds are one row, with a confidence interval. What makes runs
+    unequal (tokens, batch, protocol, data, tokenizer, evaluation, number of seeds) is named.
+
+    \b
+    Examples:
+      lowmem compare runs/galore-0 runs/galore-1 runs/adamw-0 runs/adamw-1
+      lowmem compare runs/* --json
+    """
+    from lowmem.cli import compare as command
+
+    command.compare(given, runs, as_json=json)
+
+
+def plot(
+    given: Given,
+    runs: Runs,
+    x: Annotated[
+        str, typer.Option("--x", metavar="tokens|time|memory|update", help="across")
+    ] = "tokens",
+    y: Annotated[
+        str, typer.Option("--y", metavar="loss|perplexity", help="upwards")
+    ] = "perplexity",
+    smooth: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="updates; default: a 25th of the run")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="a .png or .svg; needs lowmem[plot]"),
+    ] = None,
+) -> None:
+    """Draw loss or perplexity of runs, in the terminal or into a file.
+
+    Published results of the same model under the same protocol are marked.
+
+    \b
+    Examples:
+      lowmem plot runs/llama-60m-galore-1 runs/llama-60m-adamw-1
+      lowmem plot runs/* --x time --y loss
+      lowmem plot runs/* --x memory --out memory.png
+    """
+    from lowmem.cli import plot as command
+
+    command.plot(given, runs, command.Asked(x, y, smooth, out))
+
+
+def report(given: Given, runs: Runs) -> None:
+    """Write report.html into the folder of each run: one page that needs nothing else.
+
+    \b
+    Example:
+      lowmem report runs/llama-60m-galore-1
+    """
+    from lowmem.cli import report as command
+
+    command.report(given, runs)
+
+
 def methods(
     given: Given,
     name: Annotated[
@@ -342,13 +432,17 @@ def schema(given: Given) -> None:
     command.schema(given)
 
 
-RUNS, LOOK = "Runs", "Data, configuration, machine"
+RUNS, RESULTS, LOOK = "Runs", "Results", "Data, configuration, machine"
 app.command("plan", rich_help_panel=RUNS)(with_settings(plan, SETTINGS, files=True))
 app.command("train", rich_help_panel=RUNS)(with_settings(train, SETTINGS, files=True))
 app.command("resume", rich_help_panel=RUNS)(with_settings(resume, named(*CHANGEABLE)))
 app.command("eval", rich_help_panel=RUNS)(with_settings(evaluate, named(*EVALUATION)))
 app.command("export", rich_help_panel=RUNS)(with_settings(export))
 app.command("sample", rich_help_panel=RUNS)(with_settings(sample))
+app.command("sweep", rich_help_panel=RUNS)(with_settings(sweep, SETTINGS, files=True))
+app.command("compare", rich_help_panel=RESULTS)(with_settings(compare))
+app.command("plot", rich_help_panel=RESULTS)(with_settings(plot))
+app.command("report", rich_help_panel=RESULTS)(with_settings(report))
 app.command("methods", rich_help_panel=LOOK)(with_settings(methods))
 app.command("doctor", rich_help_panel=LOOK)(
     with_settings(doctor, named("--model", "--out", "--method", "--keep"), files=True)

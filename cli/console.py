@@ -45,6 +45,11 @@ class Console:
         self._out = _rich(out, stderr=False)
         self._err = _rich(err, stderr=True)
 
+    @property
+    def width(self) -> int:
+        """Characters in a line of stdout."""
+        return self._out.width
+
     def say(self, line: str) -> None:
         """A line about what is going on."""
         if not self.quiet:

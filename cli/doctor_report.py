@@ -6,8 +6,6 @@ resolved configuration of a run, its last events and errors. Paths keep their la
 
 import json
 import os
-import re
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,11 @@ from lowmem.cli.console import Console
 from lowmem.cli.doctor import examine
 from lowmem.cli.options import Given
 from lowmem.config.flags import ENVIRONMENT, OTHER_VARIABLES
+from lowmem.private import without_private
 from lowmem.train.run import EVENTS, Run, environment
 
 _LAST_EVENTS = 20
 _LAST_ERRORS = 2
-_SECRET = re.compile(r"(hf_|sk-|gh[pousr]_|github_pat_|wandb_v1_)[A-Za-z0-9_-]{8,}|[0-9a-f]{40}")
-_PATH = re.compile(r"(?:[A-Za-z]:)?[\w.~@+-]*(?:[/\\][\w.@+ -]+)+")
 
 
 def doctor_report(given: Given, run: Path | None, *, as_json: bool) -> None:
@@ -64,28 +61,6 @@ def _run(run: Run) -> dict[str, Any]:
         "last_metrics": run.metrics()[-3:],
         "errors": [path.read_text("utf-8").splitlines()[-30:] for path in errors],
     }
-
-
-def without_private(value: Any, environ: Mapping[str, str]) -> Any:
-    """`value` with names of this host and its user, tokens and the folders of paths taken out."""
-    if isinstance(value, dict):
-        return {key: without_private(item, environ) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_private(item, environ) for item in value]
-    return _cleaned(value, environ) if isinstance(value, str) else value
-
-
-def _cleaned(text: str, environ: Mapping[str, str]) -> str:
-    text = _SECRET.sub("[secret]", text)
-    text = _PATH.sub(lambda found: ".../" + re.split(r"[/\\]", found[0])[-1], text)
-    private = {socket.gethostname(): "[host]"}
-    private |= {
-        environ[name]: "[user]" for name in ("USER", "LOGNAME", "USERNAME") if name in environ
-    }
-    for word, instead in private.items():
-        if len(word) > 2:
-            text = re.sub(rf"\b{re.escape(word)}\b", instead, text)
-    return text
 
 
 def _lines(value: Any) -> list[str]:

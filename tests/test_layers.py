@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowmem"
 
-FOUNDATION = {"errors", "units", "naming", "phases", "tensorfile", "host_memory"}
+FOUNDATION = {"errors", "units", "naming", "phases", "private", "tensorfile", "host_memory"}
 _PARTS = {*FOUNDATION, "kernels", "config.schema", "config.recompute"}
+_ALL = {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner", "train"}
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "kernels": FOUNDATION,
@@ -26,7 +27,18 @@ MAY_IMPORT = {
     # Calibrations lie in the cache.
     "planner": {*FOUNDATION, "kernels", "model", "optim", "config", "data.cache"},
     "train": {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner"},
-    "cli": {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner", "train"},
+    # What a run has left in its folder, without torch.
+    "analysis": {
+        *FOUNDATION,
+        "config",
+        "data.cache",
+        "planner.plan",
+        "planner.quality",
+        "train.events",
+        "train.lock",
+        "train.run",
+    },
+    "cli": {*_ALL, "analysis"},
     "__main__": {"cli"},
 }
 CONSOLE_ONLY = {"rich", "typer"}
@@ -187,6 +199,8 @@ def test_only_the_command_line_prints() -> None:
         "lowmem.config.presets",
         "lowmem.planner.plan",
         "lowmem.train.events",
+        "lowmem.train.run",
+        *(f"lowmem.analysis.{path.stem}" for path in sorted((PACKAGE / "analysis").glob("[a-z]*"))),
         "lowmem.cli.main",
     ],
 )

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.cli.doctor_report import report, without_private
+from lowmem.cli.doctor_report import report
 from lowmem.cli.main import run as command
 from lowmem.config.schema import Config
 from lowmem.data.shards import Corpus
 from lowmem.errors import CheckpointError
 from lowmem.model.huggingface import load_folder
+from lowmem.private import without_private
 from lowmem.tensorfile import stays_inside
 from lowmem.train.checkpoint import verify
 from lowmem.train.loop import train

@@ -49,6 +49,7 @@ class Evidence:
     mark: Mark
     variant: str | None
     aside: str | None
+    protocol: str
 
     @property
     def counts(self) -> bool:
@@ -123,6 +124,7 @@ def _rows(table: dict[str, Any]) -> Iterator[Evidence]:
                 mark=table["mark"],
                 variant=row.get("variant"),
                 aside=table.get("aside"),
+                protocol=table["protocol"],
             )
 
 

@@ -36,6 +36,29 @@ def held(folder: Path) -> Iterator[None]:
                 file.truncate(0)
 
 
+def holder_of(folder: Path) -> int | None:
+    """The process of this machine that holds the run folder, as far as one can see without locking.
+
+    To lock, even for a moment, could make a trainer fail that is just starting.
+    """
+    if sys.platform == "win32":  # nothing is held there, and signal 0 is no question
+        return None
+    try:
+        holder = json.loads((folder / LOCK).read_bytes())
+        process = holder["pid"] if holder["host"] == socket.gethostname() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(process, int) or process <= 0:
+        return None
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return process  # of another user
+    except (OSError, OverflowError):
+        return None
+    return process
+
+
 def _opened(folder: Path) -> FileIO:
     try:
         return (folder / LOCK).open("a+b", buffering=0)

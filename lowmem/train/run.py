@@ -86,7 +86,7 @@ class Run:
         try:
             record = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
             return replace(Plan.from_json(record), config=self.config)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     def write_config(self, config: Config, plan: dict[str, Any]) -> None:
