@@ -280,6 +280,14 @@ def prepare(
     max_tokens: Annotated[
         str | None, typer.Option(metavar="200M", help="stop after so many tokens")
     ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(metavar="lowmem|galore", help="packed, or documents cut as in the papers"),
+    ] = "lowmem",
+    seq_len: Annotated[
+        int,
+        typer.Option("--seq-len", min=2, metavar="N", help="galore: tokens of a cut document"),
+    ] = 256,
     json: Json = False,
 ) -> None:
     """Turn text into memory-mapped token shards; an interrupted run continues.
@@ -288,10 +296,13 @@ def prepare(
     Examples:
       lowmem data prepare ./c4/en --tokenizer ./t5-base --out ./corpus
       lowmem data prepare notes.txt
+      lowmem data prepare ./c4 --protocol galore --tokenizer ./t5-base --out ./documents
     """
     from lowmem.cli import data as command
 
-    request = command.Request(source, out, tokenizer, text_key, skip_bad, workers, max_tokens)
+    request = command.Request(
+        source, out, tokenizer, text_key, skip_bad, workers, max_tokens, protocol, seq_len
+    )
     command.prepare(given, request, as_json=json)
 
 

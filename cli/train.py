@@ -14,6 +14,7 @@ from lowmem.cli.settings import explicit_command, loaded, planned, require_fit
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, settled
+from lowmem.data.shuffle import BUFFER
 from lowmem.errors import LowMemError
 from lowmem.train.events import Finished, perplexity
 
@@ -72,7 +73,12 @@ def _streamed_tokens(config: Config) -> int | None:
     if config.data.source != "c4" or config.train.updates == "auto":
         return None
     seq_len = settled(config.data.seq_len)
-    return settled(config.train.updates) * rows_of(config.train.batch, seq_len) * seq_len + 1
+    rows = settled(config.train.updates) * rows_of(config.train.batch, seq_len)
+    if config.data.protocol == "galore":
+        rows += BUFFER  # so that those of the last update are shuffled as in a longer stream
+    evaluated = config.evaluate.tokens
+    validation = 20 * (0 if evaluated == "auto" else settled(evaluated))  # it gets a twentieth
+    return max(rows * seq_len + 1, validation)
 
 
 @contextmanager
@@ -95,9 +101,16 @@ def show_finished(console: Console, finished: Finished, folder: Path, *, as_json
     if as_json:
         console.json({"folder": str(folder), **asdict(finished), "perplexity": reached})
         return
+    published = finished.published_loss
+    told = ""
+    if published is not None:
+        told = (
+            f"  as published loss {published:.4f}  perplexity {perplexity(published):.5g}"
+            "  (the papers' way to average, which is too low)\n"
+        )
     console.result(
         f"{folder}  {finished.update} updates  {finished.tokens:,} tokens\n"
-        f"  validation  loss {finished.eval_loss:.4f}  perplexity {reached:.5g}\n"
+        f"  validation  loss {finished.eval_loss:.4f}  perplexity {reached:.5g}\n{told}"
         f"  unigram     loss {finished.unigram_loss:.4f}"
         f"  perplexity {perplexity(finished.unigram_loss):.5g}"
         "  (knows only how frequent each token is)"

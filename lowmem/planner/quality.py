@@ -126,6 +126,21 @@ def _rows(table: dict[str, Any]) -> Iterator[Evidence]:
             )
 
 
+def published_row(
+    source: str, method: str, size: str, variant: str | None, rank: float | None
+) -> Evidence | None:
+    """The row of one table for one run. rank: as a share of the hidden size.
+
+    None: the table has no such row, or has it with another rank.
+    """
+    for row in evidence():
+        if (row.source, row.method, row.size, row.variant) == (source, method, size, variant) and (
+            row.rank is None or (rank is not None and math.isclose(row.rank, rank, rel_tol=0.01))
+        ):
+            return row
+    return None
+
+
 def automatic(names: Sequence[str], *, ranked: bool = False) -> list[str]:
     """Of these methods those that may be chosen when nobody names one.
 
