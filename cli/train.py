@@ -16,7 +16,9 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, settled
 from lowmem.data.shuffle import BUFFER
 from lowmem.errors import LowMemError
+from lowmem.planner.plan import Plan
 from lowmem.train.events import Finished, perplexity
+from lowmem.train.run import Run
 
 if TYPE_CHECKING:
     from lowmem.data.shards import Corpus
@@ -38,20 +40,32 @@ def train(given: Given, *, dry_run: bool, as_json: bool) -> None:
     console.say(f"\nThe same, explicitly:\n  {explicit_command(plan, given, model)}\n")
     if dry_run:
         return
+    corpus = checked_corpus(plan, console)
+    run = Run.create(plan.config, plan.to_json())
+    finished = trained(run, corpus, console, plan)
+    show_finished(console, finished, run.folder, as_json=as_json)
+
+
+def checked_corpus(plan: Plan, console: Console) -> "Corpus":
+    """The text of a run that is about to begin; what stands in its way is told before a folder
+    is made."""
     from lowmem.train.disk import require_room
     from lowmem.train.loop import declared_bytes, require_hardware, text_of
-    from lowmem.train.loop import train as train_run
-    from lowmem.train.run import Run
 
-    require_hardware(plan.config)  # before a folder is made
+    require_hardware(plan.config)
     corpus = corpus_of(plan.config, console)
-    text_of(plan.config, corpus)  # too little of it is told before a folder is made
+    text_of(plan.config, corpus)
     require_room(plan.config, Path(plan.config.run.out), declared_bytes(plan.config), 0)
-    run = Run.create(plan.config, plan.to_json())
+    return corpus
+
+
+def trained(run: Run, corpus: "Corpus", console: Console, plan: Plan | None = None) -> Finished:
+    """Train a run to its end, or on to it; plan: of one that begins."""
+    from lowmem.train.loop import train as train_run
+
     console.say(f"{run.folder}  Ctrl-C saves and stops")
     with console.progress() as report, traced_in(run.folder):
-        finished = train_run(run, corpus, report, plan)
-    show_finished(console, finished, run.folder, as_json=as_json)
+        return train_run(run, corpus, report, plan)
 
 
 def corpus_of(config: Config, console: Console) -> "Corpus":

@@ -26,7 +26,18 @@ MAY_IMPORT = {
     # Calibrations lie in the cache.
     "planner": {*FOUNDATION, "kernels", "model", "optim", "config", "data.cache"},
     "train": {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner"},
-    "cli": {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner", "train"},
+    "analysis": {
+        *FOUNDATION,
+        "config",
+        "data.cache",
+        "planner.quality",
+        "train.events",
+        "train.run",
+    },
+    "cli": {
+        *(*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner", "train"),
+        "analysis",
+    },
     "__main__": {"cli"},
 }
 CONSOLE_ONLY = {"rich", "typer"}
