@@ -30,7 +30,8 @@ class UpdateBatch:
 
     rows: (rows, seq_len + 1) int64 on the CPU. tokens: targets of the update over all ranks.
     lengths: tokens of each row that are no padding, (rows,) int64; None: there is no padding.
-    by_length: rows go to micro-batches by their length, the longest first.
+    by_length: rows go to micro-batches by their length, the longest last: then sums are held, too,
+    and an update needs what was planned.
     """
 
     rows: Tensor
@@ -50,7 +51,7 @@ class UpdateBatch:
             return
         rows, lengths = self.rows, self.lengths
         if self.by_length:
-            lengths, order = lengths.sort(descending=True, stable=True)
+            lengths, order = lengths.sort(stable=True)
             rows = rows[order]
         for part, held in zip(rows.split(size), lengths.split(size), strict=True):
             longest = int(held.max())

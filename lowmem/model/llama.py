@@ -217,6 +217,7 @@ class Llama(nn.Module):
         """Rotary tables of a sequence length: the beginning of those of the longest so far."""
         longest = self._longest_rotation
         if longest is None or len(longest[0]) < length:
+            self._longest_rotation = longest = None  # before the longer one is made
             frequency = _frequencies(self.config, self.head_weight.device)
             self._longest_rotation = longest = rope.tables(frequency, length)
         cos, sin = longest

@@ -119,7 +119,7 @@ def test_every_target_comes_once_and_padding_never(
     wanted = [pair for row in rows_of(stream)[:50] for pair in pairwise(row)]
     assert sorted(pairs) == sorted(wanted)
     assert len(pairs) == batches.of(0).tokens
-    assert not by_length or widths == sorted(widths, reverse=True)
+    assert not by_length or widths == sorted(widths)
 
 
 def test_evaluation_stops_after_the_step_that_is_too_many(corpus: Corpus) -> None:

@@ -17,6 +17,8 @@ from lowmem.data.shards import Corpus, TokenStream
 from lowmem.data.tokenizer import load_tokenizer
 from lowmem.model.llama import Llama
 from lowmem.optim.step import gather
+from lowmem.planner.hardware import find_card
+from lowmem.planner.search import make_plan
 from lowmem.train.evaluate import evaluate, evaluate_documents, evaluate_folder, validation_of
 from lowmem.train.events import Event, Measured, Trained
 from lowmem.train.loop import build, text_of, train
@@ -146,6 +148,40 @@ def _gathered(config: Config, batches: object) -> tuple[float, float]:
     tokens = sum(int((targets >= 0).sum()) for _, targets in pairs)
     loss, norm = gather(model, optimizer, pairs, count=len(pairs), tokens=tokens, lr=0.1, clip=None)
     return loss.item(), norm.item()
+
+
+@pytest.mark.parametrize("mode", ["unfused", "fused+subspace"])
+def test_measured_peak_of_the_first_update_is_the_planned_one(
+    tiny_config: MakeConfig, documents: Corpus, mode: str
+) -> None:
+    """A document as long as a row is among the first eight; shorter rows need less."""
+    data = {"source": str(documents.folder), "protocol": "galore", "seq_len": LENGTH}
+    config = tiny_config(
+        data=data,
+        optimizer={"method": "galore", "rank": 8},
+        train={"update": mode, "micro_batch": 4, "batch": "8seq", "updates": 2},
+    )
+    plan = make_plan(config, find_card("24GB", "cpu"), [])
+    lengths = text_of(plan.config, documents)[0].of(0).lengths
+    assert lengths is not None
+    assert lengths.max() == LENGTH
+    events: list[Event] = []
+    train(Run.create(plan.config, plan.to_json()), documents, events.append, plan)
+    (measured,) = [event for event in events if isinstance(event, Measured)]
+    assert measured.measured == measured.planned
+
+
+def test_a_subspace_is_not_chosen_from_the_longest_documents(
+    papers: MakeConfig, documents: Corpus
+) -> None:
+    batches = {
+        mode: text_of(papers(train={"update": mode}), documents)[0].of(0)
+        for mode in ("unfused", "fused+subspace")
+    }
+    assert {mode: batch.by_length for mode, batch in batches.items()} == {
+        "unfused": True,
+        "fused+subspace": False,
+    }
 
 
 def test_a_run_reports_both_figures_and_its_checkpoint_evaluates_to_them(
