@@ -88,11 +88,10 @@ def _streamed_tokens(config: Config) -> int | None:
         return None
     seq_len = settled(config.data.seq_len)
     rows = settled(config.train.updates) * rows_of(config.train.batch, seq_len)
-    if config.data.protocol == "galore":
-        rows += BUFFER  # so that those of the last update are shuffled as in a longer stream
-    evaluated = config.evaluate.tokens
-    validation = 20 * (0 if evaluated == "auto" else settled(evaluated))  # it gets a twentieth
-    return max(rows * seq_len + 1, validation)
+    if config.data.protocol == "lowmem":
+        return rows * seq_len + 1
+    # Documents of the last update are shuffled as in a longer stream; validation gets a twentieth.
+    return max((rows + BUFFER) * seq_len, 20 * settled(config.evaluate.tokens))
 
 
 @contextmanager

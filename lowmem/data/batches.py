@@ -101,9 +101,8 @@ class Batches:
 
     def of(self, update: int) -> UpdateBatch:
         """The rows of update `update` (from 0)."""
-        rows = np.empty((len(self._own), self._seq_len + 1), np.int64)
-        for row, window in zip(rows, self._windows_of(update), strict=True):
-            row[:] = self._stream.read(int(window) * self._seq_len, self._seq_len + 1)
+        starts = self._windows_of(update) * self._seq_len
+        rows = self._stream.read_rows(starts, self._seq_len + 1)
         return UpdateBatch(torch.from_numpy(rows), self._rows_per_update * self._seq_len)
 
     def places_of(self, update: int) -> list[tuple[str, int]]:

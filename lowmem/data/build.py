@@ -38,7 +38,7 @@ def build_key(
     inputs: Sequence[Input], tokenizer: Tokenizer, options: Options, about: dict[str, Any]
 ) -> str:
     """A name for the corpus that follows from all it depends on."""
-    own = [SCHEMA_VERSION, tokenizer.fingerprint, tokenizer.end_id, asdict(options), about]
+    own = [SCHEMA_VERSION, tokenizer.fingerprint, tokenizer.end_id, options.told(), about]
     told = json.dumps([own, [asdict(one) for one in inputs]])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 

@@ -71,18 +71,20 @@ def padded(
     stream: TokenStream, documents: np.ndarray, seq_len: int, tokens: int, by_length: bool
 ) -> UpdateBatch:
     """These documents as rows; tokens: targets of the update. DataError: a damaged index."""
-    rows = np.zeros((len(documents), seq_len + 1), np.int64)
-    lengths = np.empty(len(documents), np.int64)
-    for place, document in enumerate(documents):
-        start, stop = (int(at) for at in stream.starts[document : document + 2])
-        lengths[place] = stop - start
-        if not 0 < stop - start <= seq_len:
+    starts, stops = stream.starts[documents], stream.starts[documents + 1]
+    lengths = stops - starts
+    for document, length in zip(documents, lengths, strict=True):
+        if not 0 < length <= seq_len:
             raise DataError(
                 f"the index of documents in {stream.folder} is damaged",
-                f"document {document} has {stop - start} tokens, at most {seq_len} are possible",
+                f"document {document} has {length} tokens, at most {seq_len} are possible",
                 f"lowmem data verify {stream.folder} names the file; prepare the text again",
             )
-        rows[place, : stop - start] = stream.read(start, stop - start)
+    breaks = np.flatnonzero(np.diff(documents) != 1) + 1  # where the text begins again
+    runs = zip([0, *breaks], [*breaks, len(documents)], strict=True)
+    text = [stream.read(int(starts[a]), int(stops[b - 1] - starts[a])) for a, b in runs]
+    rows = np.zeros((len(documents), seq_len + 1), np.int64)
+    rows[np.arange(seq_len + 1) < lengths[:, None]] = np.concatenate(text)
     return UpdateBatch(torch.from_numpy(rows), tokens, torch.from_numpy(lengths), by_length)
 
 

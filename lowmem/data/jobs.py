@@ -32,6 +32,10 @@ class Options:
     max_tokens: int | None = None
     row_tokens: int | None = None
 
+    def told(self) -> dict[str, Any]:
+        """What the text that comes out depends on; of packed text as before there was another."""
+        return {key: value for key, value in asdict(self).items() if key != "row_tokens" or value}
+
     def limit(self, split: Split) -> int | None:
         """Tokens after which a split is full: validation gets a twentieth of training."""
         if self.max_tokens is None or split == "train":
@@ -60,7 +64,7 @@ class PieceMaker:
     def path_of(self, split: Split, index: int, told: Any) -> Path:
         """Where a piece stands that depends on `told` besides tokenizer and options."""
         own = [SCHEMA_VERSION, self.tokenizer.fingerprint, self.tokenizer.end_id]
-        text = json.dumps([own, asdict(self.options), told])
+        text = json.dumps([own, self.options.told(), told])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self.folder / f"{split}-{index:05d}-{key}"
 
