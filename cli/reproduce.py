@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowmem.analysis.reproduce import (
     MATCH,
@@ -19,7 +19,7 @@ from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.cli.settings import loaded, planned, require_fit
 from lowmem.cli.train import checked_corpus, corpus_of, trained
-from lowmem.config.load import Loaded
+from lowmem.config.load import Loaded, flatten
 from lowmem.config.recipes import Recipe, find_recipe, recipes
 from lowmem.config.schema import Config
 from lowmem.config.toml import toml_value
@@ -51,21 +51,16 @@ def reproduce(given: Given, name: str, asked: Asked, *, as_json: bool) -> None:
         _list(console, as_json=as_json)
         return
     recipe = find_recipe(name)
-    if asked.scale is not None and asked.budget is not None:
-        raise ConfigError(
-            "--scale and --budget exclude one another",
-            "a budget of time chooses the scale",
-            "leave out one of them",
-        )
+    found = loaded(_with_recipe(given, recipe), console)
+    settings = _given(found)
+    command: dict[str, object] = {"recipe": recipe.name, "given": settings}
+    command |= {"scale": asked.scale, "budget": asked.budget}
+    folder = Path(found.config.run.out) / (found.config.run.name or _folder_name(recipe, asked))
     if recipe.note:
         console.say(f"{recipe.name}: {recipe.note}")
-    seconds = None if asked.budget is None else _seconds(asked.budget)
-    found = loaded(_with_recipe(given, recipe), console)
-    command = _command(given, recipe, asked)
-    folder = Path(found.config.run.out) / (found.config.run.name or _folder_name(recipe, asked))
     run = begun(folder, command)
     if run is None:
-        plan = _plan(found, asked, seconds, folder.name, console)
+        plan = _shown_plan(found, asked, folder.name, console, as_json=as_json)
         if asked.dry:
             return
         corpus = checked_corpus(plan, console)
@@ -78,7 +73,7 @@ def reproduce(given: Given, name: str, asked: Asked, *, as_json: bool) -> None:
             return
         corpus = corpus_of(run.config, console)
         trained(run, corpus, console)
-    result = verdict(run, _read(corpus, run.config), command["given"])
+    result = verdict(run, _read(corpus, run.config), settings)
     result.write(run.folder)
     _show(console, result, run.folder, as_json=as_json)
 
@@ -88,17 +83,14 @@ def _with_recipe(given: Given, recipe: Recipe) -> Given:
     return Given(flags, given.files, given.assignments, given.quiet, given.verbose)
 
 
-def _command(given: Given, recipe: Recipe, asked: Asked) -> dict[str, Any]:
-    """What makes two commands the same; given: keys and values, as text."""
-    settings = {key: str(value) for key, value in given.flags.items() if not key.startswith("run.")}
-    settings |= dict(text.partition("=")[::2] for text in given.assignments)
-    files = [path.read_text(encoding="utf-8", errors="replace") for path in _existing(given.files)]
-    told = {"recipe": recipe.name, "scale": asked.scale, "budget": asked.budget}
-    return told | {"given": settings, "files": files}
-
-
-def _existing(files: list[Path]) -> list[Path]:
-    return [path for path in files if path.is_file()]
+def _given(found: Loaded) -> dict[str, str]:
+    """Key -> value, as text, of what the user set by flag, variable or file."""
+    return {
+        key: str(value)
+        for key, value in flatten(found.config.model_dump())
+        if not found.origins[key].startswith(("default", "recipe "))
+        and not key.startswith(("run.", "recipe"))
+    }
 
 
 def _folder_name(recipe: Recipe, asked: Asked) -> str:
@@ -107,15 +99,25 @@ def _folder_name(recipe: Recipe, asked: Asked) -> str:
     return recipe.name if asked.scale is None else f"{recipe.name}-x{asked.scale:g}"
 
 
-def _seconds(budget: str) -> float:
-    try:
-        return parse_seconds(budget)
-    except ValueError as error:
-        raise ConfigError(f"--budget {budget}", str(error), "--budget 30min") from None
+def _shown_plan(found: Loaded, asked: Asked, name: str, console: Console, *, as_json: bool) -> Plan:
+    """The plan, shown; PlanError: it does not fit."""
+    plan = _plan(found, asked, name, console)
+    console.plan(plan, as_result=asked.dry and not as_json)
+    if asked.dry and as_json:
+        console.json(plan.to_json())
+    require_fit(plan)
+    return plan
 
 
-def _plan(found: Loaded, asked: Asked, seconds: float | None, name: str, console: Console) -> Plan:
-    """The plan of the run, shortened as asked. PlanError: it does not fit."""
+def _plan(found: Loaded, asked: Asked, name: str, console: Console) -> Plan:
+    """The plan of the run, shortened as asked. ConfigError: no such scale or budget."""
+    if asked.scale is not None and asked.budget is not None:
+        raise ConfigError(
+            "--scale and --budget exclude one another",
+            "a budget of time chooses the scale",
+            "leave out one of them",
+        )
+    seconds = None if asked.budget is None else _seconds(asked.budget)
     scale = 1.0 if asked.scale is None else asked.scale
     plan = planned(_named(shortened(found, scale), name), for_this_machine=True)
     if seconds is not None:
@@ -126,9 +128,14 @@ def _plan(found: Loaded, asked: Asked, seconds: float | None, name: str, console
         console.say(
             f"shortened to {scale:.3g} of the published run: its figures compare with nothing"
         )
-    console.plan(plan, as_result=asked.dry)
-    require_fit(plan)
     return plan
+
+
+def _seconds(budget: str) -> float:
+    try:
+        return parse_seconds(budget)
+    except ValueError as error:
+        raise ConfigError(f"--budget {budget}", str(error), "--budget 30min") from None
 
 
 def _named(config: Config, name: str) -> Config:

@@ -9,7 +9,7 @@ way is listed, what lowmem does otherwise by itself included.
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,12 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
     tables[name] = value
 
 
-def begin(folder: Path, command: dict[str, Any]) -> None:
+def begin(folder: Path, command: Mapping[str, object]) -> None:
     """Note what the run was made by, so that the same command continues it."""
     write_whole(folder / _BEGUN, json.dumps(command, indent=1).encode() + b"\n")
 
 
-def begun(folder: Path, command: dict[str, Any]) -> Run | None:
+def begun(folder: Path, command: Mapping[str, object]) -> Run | None:
     """The run that the same command has begun, None if there is none.
 
     ConfigError: the folder is of another command.
