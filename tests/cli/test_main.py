@@ -18,6 +18,8 @@ from lowmem.errors import CheckpointError, LowMemError, Stopped
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *[[name] for name in ("plan", "train", "resume", "eval", "export", "sample", "methods")],
+    ["reproduce"],
+    ["results"],
     ["doctor"],
     ["data"],
     ["data", "prepare"],
