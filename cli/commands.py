@@ -125,6 +125,38 @@ def train(
     command.train(given, dry_run=dry_run, as_json=json)
 
 
+def reproduce(
+    given: Given,
+    recipe: Annotated[
+        str, typer.Argument(metavar="NAME", help="a recipe, or list", show_default=False)
+    ],
+    scale: Annotated[
+        float | None,
+        typer.Option("--scale", metavar="0.1", help="a shortened run: this share of every length"),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="30min", help="shortened to what this machine does in it")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="stop after the plan")] = False,
+    json: Json = False,
+) -> None:
+    """Run the settings of a publication, evaluate its way, and say whether the figure is met.
+
+    What is done in another way is listed; a shortened run says that it is shortened. The same
+    command continues a run that was interrupted. The verdict lies in RUN/verdict.json.
+
+    \b
+    Examples:
+      lowmem reproduce list
+      lowmem reproduce galore-60m --data ./c4 --tokenizer ./t5-base
+      lowmem reproduce fira-60m --budget 30min
+      lowmem reproduce galore-60m --scale 0.001 --batch 8seq
+    """
+    from lowmem.cli import reproduce as command
+
+    command.reproduce(given, recipe, command.Asked(scale, budget, dry_run), as_json=json)
+
+
 def resume(
     given: Given,
     run: Run,
@@ -315,6 +347,26 @@ def methods(
     command.methods(given, name, as_json=json)
 
 
+def results(
+    given: Given,
+    model: Annotated[
+        str | None, typer.Option(metavar="60m", help="of models of this size alone")
+    ] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="of this method alone")] = None,
+    json: Json = False,
+) -> None:
+    """List what is published of methods: perplexity, memory, speed, each with its source.
+
+    \b
+    Examples:
+      lowmem results --model 60m
+      lowmem results --method galore --json
+    """
+    from lowmem.cli import results as command
+
+    command.results(given, model, method, as_json=json)
+
+
 def doctor(
     given: Given,
     run: Annotated[
@@ -370,6 +422,14 @@ def prepare(
     max_tokens: Annotated[
         str | None, typer.Option(metavar="200M", help="stop after so many tokens")
     ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(metavar="lowmem|galore", help="packed, or documents cut as in the papers"),
+    ] = "lowmem",
+    seq_len: Annotated[
+        int,
+        typer.Option("--seq-len", min=2, metavar="N", help="galore: tokens of a cut document"),
+    ] = 256,
     json: Json = False,
 ) -> None:
     """Turn text into memory-mapped token shards; an interrupted run continues.
@@ -378,10 +438,13 @@ def prepare(
     Examples:
       lowmem data prepare ./c4/en --tokenizer ./t5-base --out ./corpus
       lowmem data prepare notes.txt
+      lowmem data prepare ./c4 --protocol galore --tokenizer ./t5-base --out ./documents
     """
     from lowmem.cli import data as command
 
-    request = command.Request(source, out, tokenizer, text_key, skip_bad, workers, max_tokens)
+    request = command.Request(
+        source, out, tokenizer, text_key, skip_bad, workers, max_tokens, protocol, seq_len
+    )
     command.prepare(given, request, as_json=json)
 
 
@@ -435,6 +498,8 @@ def schema(given: Given) -> None:
 RUNS, RESULTS, LOOK = "Runs", "Results", "Data, configuration, machine"
 app.command("plan", rich_help_panel=RUNS)(with_settings(plan, SETTINGS, files=True))
 app.command("train", rich_help_panel=RUNS)(with_settings(train, SETTINGS, files=True))
+_REPRODUCED = [setting for setting in SETTINGS if setting.flag not in ("--scale", "--recipe")]
+app.command("reproduce", rich_help_panel=RUNS)(with_settings(reproduce, _REPRODUCED, files=True))
 app.command("resume", rich_help_panel=RUNS)(with_settings(resume, named(*CHANGEABLE)))
 app.command("eval", rich_help_panel=RUNS)(with_settings(evaluate, named(*EVALUATION)))
 app.command("export", rich_help_panel=RUNS)(with_settings(export))
@@ -444,6 +509,7 @@ app.command("compare", rich_help_panel=RESULTS)(with_settings(compare))
 app.command("plot", rich_help_panel=RESULTS)(with_settings(plot))
 app.command("report", rich_help_panel=RESULTS)(with_settings(report))
 app.command("methods", rich_help_panel=LOOK)(with_settings(methods))
+app.command("results", rich_help_panel=LOOK)(with_settings(results))
 app.command("doctor", rich_help_panel=LOOK)(
     with_settings(doctor, named("--model", "--out", "--method", "--keep"), files=True)
 )

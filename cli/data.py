@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
-from lowmem.config.schema import DataConfig
+from lowmem.config.schema import DataConfig, Protocol
 from lowmem.data.pool import Progress
-from lowmem.data.prepare import corpus_for, tokenizer_for
+from lowmem.data.prepare import corpus_for, row_tokens_of, tokenizer_for
 from lowmem.data.prepare import prepare as prepare_corpus
 from lowmem.data.shards import Corpus, open_corpus, verify_corpus
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, nearest
 from lowmem.units import format_bytes, format_count, parse_count
 
 _ANY_VOCABULARY = 2**32  # which model reads the corpus is not known yet
@@ -28,6 +29,8 @@ class Request:
     skip_bad: bool
     workers: int | None
     max_tokens: str | None
+    protocol: str
+    seq_len: int
 
 
 def prepare(given: Given, request: Request, *, as_json: bool) -> None:
@@ -58,9 +61,17 @@ def verify(given: Given, folder: Path) -> None:
 
 
 def _prepared(request: Request, progress: Callable[[Progress], None]) -> Corpus:
+    if request.protocol not in get_args(Protocol):
+        raise ConfigError(
+            f"--protocol {request.protocol}",
+            f"must be {' or '.join(get_args(Protocol))}",
+            nearest(request.protocol, get_args(Protocol)) or "--protocol galore",
+        )
     data = DataConfig(
+        protocol=cast(Protocol, request.protocol),
         source=request.source,
         tokenizer=request.tokenizer,
+        seq_len=request.seq_len,
         text_key=request.text_key,
         skip_bad=request.skip_bad,
     )
@@ -74,6 +85,7 @@ def _prepared(request: Request, progress: Callable[[Progress], None]) -> Corpus:
             skip_bad=request.skip_bad,
             workers=request.workers,
             max_tokens=limit,
+            row_tokens=row_tokens_of(data),
             progress=progress,
         )
     if request.workers is not None:
@@ -102,7 +114,8 @@ def _show(console: Console, corpus: Corpus, *, as_json: bool) -> None:
         record = {"folder": str(corpus.folder), "fingerprint": corpus.fingerprint}
         console.json({**record, **corpus.manifest})
         return
-    console.result(f"{corpus.folder}  vocabulary {corpus.vocab_size:,}")
+    cut = f"  documents cut to {corpus.row_tokens} tokens" if corpus.row_tokens else ""
+    console.result(f"{corpus.folder}  vocabulary {corpus.vocab_size:,}{cut}")
     for name, stream in (("train", corpus.train), ("validation", corpus.validation)):
         if stream is not None:
             console.result(

@@ -30,6 +30,7 @@ def evaluate(given: Given, path: Path, *, as_json: bool) -> None:
         tokens=tokens if isinstance(tokens, int) else None,
         seq_len=seq_len if isinstance(seq_len, int) else None,
         device=config.train.device,
+        batches=config.evaluate,
     )
     if as_json:
         console.json({"schema_version": 1, "path": str(path), **asdict(result)})
@@ -38,6 +39,11 @@ def evaluate(given: Given, path: Path, *, as_json: bool) -> None:
             f"loss {result.loss:.4f}  perplexity {result.perplexity:.5g}"
             f"  {result.tokens:,} tokens  {result.seconds:.1f} s"
         )
+        if result.published_loss is not None:
+            console.result(
+                f"as published {result.published_loss:.4f}  {result.published_perplexity:.5g}"
+                f"  mean of {result.steps} batches, divided by {(result.steps or 0) + 1}: too low"
+            )
 
 
 def _config(given: Given, path: Path, model: Path, console: Console) -> Config:
@@ -54,6 +60,9 @@ def _config(given: Given, path: Path, model: Path, console: Console) -> Config:
     if run is not None:  # its budget decides how much of a stream was prepared
         device = result.config.train.device
         changes["train"] = run.config.train.model_copy(update={"device": device})
+        changes["evaluate"] = run.config.evaluate.model_copy(
+            update={"tokens": result.config.evaluate.tokens}
+        )
     return result.config.model_copy(update=changes)
 
 

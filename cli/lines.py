@@ -154,9 +154,11 @@ class EventLines:
     def _evaluated(self, event: Evaluated) -> str:
         best = event.eval_loss < self._best
         self._best = min(self._best, event.eval_loss)
+        published = event.published_loss
+        told = "" if published is None else f", as published {perplexity(published):.5g}"
         return (
             f"{event.update + 1:>8} {event.eval_loss:>8.4f} {perplexity(event.eval_loss):>9.5g}"
-            f" validation, {format_count(event.eval_tokens)} tokens,"
+            f" validation{told}, {format_count(event.eval_tokens)} tokens,"
             f" {format_seconds(event.seconds)}" + (", best so far" if best else "")
         )
 

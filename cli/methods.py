@@ -22,6 +22,7 @@ from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.composition import by_role
 from lowmem.optim.method import ByRole
 from lowmem.optim.methods import METHODS, MethodSpec, method_names, method_spec
+from lowmem.optim.methods.spec import SHEET_ONLY
 from lowmem.optim.methods.third_party import package_of, refused
 from lowmem.planner.candidates import OWN, Kind, families, modes
 
@@ -192,7 +193,7 @@ def _recipes(name: str, spec: MethodSpec) -> tuple[list[str], list[list[str]]]:
     formats = _formats(spec)
     rows = []
     for size, recipe in spec.recipes.items():
-        built = spec.build(**{key: value for key, value in recipe.items() if key != "lr"})
+        built = spec.build(**{k: v for k, v in recipe.items() if k not in SHEET_ONLY})
         values = [
             recipe[key] if key in recipe else _otherwise(spec, built, key) for key in settings
         ]
@@ -205,7 +206,7 @@ def _recipes(name: str, spec: MethodSpec) -> tuple[list[str], list[list[str]]]:
 
 def _otherwise(spec: MethodSpec, built: ByRole, setting: str) -> Any:
     """A setting that a recipe leaves out: its default, or what the lift makes of the others."""
-    default = spec.arguments[setting]
+    default = 0.0 if setting == "weight_decay" else spec.arguments[setting]
     lift = getattr(built.matrix, "lift", None)
     return getattr(lift, setting, None) if default is None else default
 

@@ -74,6 +74,7 @@ SETTINGS = (
     Setting("--gap", "N", "updates between two choices of the subspace", OPTIMIZER),
     Setting("--clip", "X|off", "limit of the gradient norm", OPTIMIZER),
     Setting("--data", "NAME|PATH", "sample, c4, text, JSON lines or shards", DATA),
+    Setting("--protocol", "lowmem|galore", "packed text, or the papers' padded documents", DATA),
     Setting("--tokenizer", "PATH|NAME", "a folder, a file or a hub name", DATA),
     Setting("--seq-len", "N", "tokens per sequence", DATA),
     Setting("--updates", "N", "optimizer steps", SCHEDULE),
@@ -88,6 +89,7 @@ SETTINGS = (
     Setting("--out", "PATH", "where runs are kept (default ./runs)", CHECKPOINTS),
     Setting("--save-every", "N", "updates between checkpoints, 0 = at the end only", CHECKPOINTS),
     Setting("--keep", "N", "newest checkpoints to keep (default 2)", CHECKPOINTS),
+    Setting("--recipe", "NAME", "published settings below all others", CONFIGURATION),
 )
 CHANGEABLE = (
     "--gpu",
@@ -103,7 +105,7 @@ CHANGEABLE = (
     "--logits",
     "--clip",
 )  # by `lowmem resume`
-EVALUATION = ("--data", "--tokenizer", "--seq-len", "--eval-tokens", "--device")
+EVALUATION = ("--data", "--protocol", "--tokenizer", "--seq-len", "--eval-tokens", "--device")
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 

@@ -122,7 +122,7 @@ def _flags(config: Config, model: str | None) -> Iterator[tuple[str, str]]:
     defaults = dict(flatten(Config().model_dump()))
     if model is not None:
         yield "--model", model
-    for key, value in flatten(config.model_dump(exclude={"model"})):
+    for key, value in flatten(config.model_dump(exclude={"model", "recipe"})):
         if value in (None, {}, "auto"):
             continue
         if isinstance(value, bool) and key in flag_of:

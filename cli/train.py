@@ -14,8 +14,11 @@ from lowmem.cli.settings import explicit_command, loaded, planned, require_fit
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, settled
+from lowmem.data.shuffle import BUFFER
 from lowmem.errors import LowMemError
+from lowmem.planner.plan import Plan
 from lowmem.train.events import Finished, perplexity
+from lowmem.train.run import Run
 
 if TYPE_CHECKING:
     from lowmem.data.shards import Corpus
@@ -37,20 +40,32 @@ def train(given: Given, *, dry_run: bool, as_json: bool) -> None:
     console.say(f"\nThe same, explicitly:\n  {explicit_command(plan, given, model)}\n")
     if dry_run:
         return
+    corpus = checked_corpus(plan, console)
+    run = Run.create(plan.config, plan.to_json())
+    finished = trained(run, corpus, console, plan)
+    show_finished(console, finished, run.folder, as_json=as_json)
+
+
+def checked_corpus(plan: Plan, console: Console) -> "Corpus":
+    """The text of a run that is about to begin; what stands in its way is told before a folder
+    is made."""
     from lowmem.train.disk import require_room
     from lowmem.train.loop import declared_bytes, require_hardware, text_of
-    from lowmem.train.loop import train as train_run
-    from lowmem.train.run import Run
 
-    require_hardware(plan.config)  # before a folder is made
+    require_hardware(plan.config)
     corpus = corpus_of(plan.config, console)
-    text_of(plan.config, corpus)  # too little of it is told before a folder is made
+    text_of(plan.config, corpus)
     require_room(plan.config, Path(plan.config.run.out), declared_bytes(plan.config), 0)
-    run = Run.create(plan.config, plan.to_json())
+    return corpus
+
+
+def trained(run: Run, corpus: "Corpus", console: Console, plan: Plan | None = None) -> Finished:
+    """Train a run to its end, or on to it; plan: of one that begins."""
+    from lowmem.train.loop import train as train_run
+
     console.say(f"{run.folder}  Ctrl-C saves and stops")
     with console.progress() as report, traced_in(run.folder):
-        finished = train_run(run, corpus, report, plan)
-    show_finished(console, finished, run.folder, as_json=as_json)
+        return train_run(run, corpus, report, plan)
 
 
 def corpus_of(config: Config, console: Console) -> "Corpus":
@@ -72,7 +87,11 @@ def _streamed_tokens(config: Config) -> int | None:
     if config.data.source != "c4" or config.train.updates == "auto":
         return None
     seq_len = settled(config.data.seq_len)
-    return settled(config.train.updates) * rows_of(config.train.batch, seq_len) * seq_len + 1
+    rows = settled(config.train.updates) * rows_of(config.train.batch, seq_len)
+    if config.data.protocol == "lowmem":
+        return rows * seq_len + 1
+    # Documents of the last update are shuffled as in a longer stream; validation gets a twentieth.
+    return max((rows + BUFFER) * seq_len, 20 * settled(config.evaluate.tokens))
 
 
 @contextmanager
@@ -95,9 +114,16 @@ def show_finished(console: Console, finished: Finished, folder: Path, *, as_json
     if as_json:
         console.json({"folder": str(folder), **asdict(finished), "perplexity": reached})
         return
+    published = finished.published_loss
+    told = ""
+    if published is not None:
+        told = (
+            f"  as published loss {published:.4f}  perplexity {perplexity(published):.5g}"
+            "  (the papers' way to average, which is too low)\n"
+        )
     console.result(
         f"{folder}  {finished.update} updates  {finished.tokens:,} tokens\n"
-        f"  validation  loss {finished.eval_loss:.4f}  perplexity {reached:.5g}\n"
+        f"  validation  loss {finished.eval_loss:.4f}  perplexity {reached:.5g}\n{told}"
         f"  unigram     loss {finished.unigram_loss:.4f}"
         f"  perplexity {perplexity(finished.unigram_loss):.5g}"
         "  (knows only how frequent each token is)"

@@ -12,6 +12,7 @@ _BATCH = re.compile(r"(.*[^\s-])[\s-]*(seqs?|sequences?|tokens?)")
 _LONGEST_INT = 1024  # bits: what a float can hold
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "days": 86400}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -51,6 +52,17 @@ def parse_batch(text: str) -> tuple[int, str]:
     if number < 1:
         raise ValueError(f"a batch of {text!r} is empty; write it like 32seq or 131k-tokens")
     return number, "tokens" if match[2].startswith("tok") else "seq"
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of "90s", "30min", "1.5h" or "2d"."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or match[2].lower() not in _SECONDS:
+        raise ValueError(f"{text!r} is no duration; write it like 30min, 1.5h or 90s")
+    seconds = float(match[1].replace("_", "")) * _SECONDS[match[2].lower()]
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{text!r} is no time to spend; write it like 30min, 1.5h or 90s")
+    return seconds
 
 
 def format_bytes(count: int | float) -> str:

@@ -1,10 +1,12 @@
 """Which configuration key a flag sets; `LOWMEM_RANK` is `--rank` in the environment."""
 
 FLAGS = {
+    "--recipe": "recipe",
     "--model": "model",
     "--gpu": "gpu",
     "--others": "others",
     "--data": "data.source",
+    "--protocol": "data.protocol",
     "--tokenizer": "data.tokenizer",
     "--seq-len": "data.seq_len",
     "--skip-bad": "data.skip_bad",

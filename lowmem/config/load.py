@@ -2,8 +2,8 @@
 
     load({"optimizer.rank": "64"}, [Path("run.toml")])     # the flag wins over the file
 
-Precedence: flags > LOWMEM_* variables > files (a later one wins) > built-in defaults. Everything
-that is wrong is reported at once, in one ConfigError.
+Precedence: flags > LOWMEM_* variables > files (a later one wins) > recipe > built-in defaults.
+Everything that is wrong is reported at once, in one ConfigError.
 """
 
 import os
@@ -26,9 +26,10 @@ from lowmem.config.problems import (
     unknown_key,
     wrong_values,
 )
+from lowmem.config.recipes import find_recipe
 from lowmem.config.schema import Config, OptimizerConfig
 from lowmem.config.toml import key_lines
-from lowmem.errors import nearest, short
+from lowmem.errors import ConfigError, nearest, short
 
 _BUDGETS = {"train.updates", "train.tokens", "train.hours"}  # one budget in three forms
 _DEEPEST = 16  # tables and lists in one another
@@ -41,7 +42,8 @@ _LONGEST_TEXT = 4096  # characters, what a path may have
 class Loaded:
     """A configuration, the origin of each of its values by dotted key, and what was odd.
 
-    An origin is "default", "flag --rank", "environment LOWMEM_RANK" or "run.toml:7".
+    An origin is "default", "recipe galore-60m", "flag --rank", "environment LOWMEM_RANK" or
+    "run.toml:7".
     """
 
     config: Config
@@ -92,29 +94,59 @@ def load(
 
     assignments: "key=value" of --set, the value in TOML. Raises ConfigError with all problems.
     """
-    given = _Given()
-    named = [Path(environ["LOWMEM_CONFIG"])] if environ.get("LOWMEM_CONFIG") else []
-    for path in [*named, *files]:
-        given.take(_from_file(path, given.problems))
-    given.take(
-        (key, _from_text(key, environ[name]), f"environment {name}")
-        for name, key in ENVIRONMENT.items()
-        if environ.get(name)
-    )
-    flag_of = {key: flag for flag, key in FLAGS.items()}
-    given.take(
-        (key, _from_text(key, value), f"flag {flag_of.get(key, key)}")
-        for key, value in flags.items()
-        if value is not None
-    )
-    for assignment in assignments:
-        given.take(_from_assignment(assignment, given.problems))
+    given, problems = _Given(), list[Problem]()
+    sources = list(_sources(flags, files, environ, assignments, problems))
+    named = [entry for source in sources for entry in source if entry[0] == "recipe"]
+    given.take(_from_recipe(named[-1], problems) if named else [])
+    for source in sources:
+        given.take(source)
+    given.problems += problems
     config = _validated(given)
     origins = {
         key: given.values[key].origin if key in given.values else "default"
         for key, _ in flatten(config.model_dump())
     }
     return Loaded(config, origins, _odd_variables(environ))
+
+
+def _sources(
+    flags: Mapping[str, Any],
+    files: Sequence[Path],
+    environ: Mapping[str, str],
+    assignments: Sequence[str],
+    problems: list[Problem],
+) -> Iterator[list[tuple[str, Any, str]]]:
+    """Lists of (key, value, origin), the weakest first."""
+    named = [Path(environ["LOWMEM_CONFIG"])] if environ.get("LOWMEM_CONFIG") else []
+    for path in [*named, *files]:
+        yield list(_from_file(path, problems))
+    yield [
+        (key, _from_text(key, environ[name]), f"environment {name}")
+        for name, key in ENVIRONMENT.items()
+        if environ.get(name)
+    ]
+    flag_of = {key: flag for flag, key in FLAGS.items()}
+    yield [
+        (key, _from_text(key, value), f"flag {flag_of.get(key, key)}")
+        for key, value in flags.items()
+        if value is not None
+    ]
+    for assignment in assignments:
+        yield list(_from_assignment(assignment, problems))
+
+
+def _from_recipe(
+    named: tuple[str, Any, str], problems: list[Problem]
+) -> Iterator[tuple[str, Any, str]]:
+    """The settings of the recipe that was named."""
+    key, name, origin = named
+    try:
+        recipe = find_recipe(name)
+    except ConfigError as error:
+        problems.append(Problem(_place(origin), key, f"{error.why}; {error.fix}"))
+        return
+    for setting, value in flatten(recipe.settings):
+        yield setting, value, f"recipe {recipe.name}"
 
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

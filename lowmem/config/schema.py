@@ -26,6 +26,7 @@ StateFormat = Literal["fp32", "bf16", "8bit"]
 WeightFormat = Literal["fp32", "bf16", "int8"]
 Ends = Literal["exact", "int8"]
 UpdateMode = Literal["unfused", "fused+subspace", "fused"]
+Protocol = Literal["lowmem", "galore"]
 Logits = Literal["keep", "recompute"]
 SumFormat = Literal["fp32", "bf16", "int8", "host"]
 Role = Literal[
@@ -160,6 +161,12 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What is read, and as which tokens."""
 
+    protocol: Protocol = Field(
+        default="lowmem",
+        description="lowmem packs documents and evaluates every token once; galore is that of the "
+        "papers: one document per sequence, cut or padded, and a perplexity that is too low",
+    )
+
     source: str = Field(
         default="sample",
         description='"sample", "c4", or a path to text, JSON lines, parquet or shards',
@@ -192,7 +199,9 @@ class OptimizerConfig(Section):
 
     method: str = Field(default="auto", description="a name of `lowmem methods`")
     lr: NonNegativeFloat | Auto = Field(default="auto", description="peak learning rate")
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled, per unit of lr")
+    weight_decay: NonNegativeFloat | Auto = Field(
+        default="auto", description="decoupled, per unit of lr; auto is the method's sheet, or none"
+    )
     rank: Rank | dict[Role, Rank] | Auto | Fit = Field(
         default="auto",
         description="a number, a fraction, a table by role or matrix, or the largest that fits: "
@@ -237,6 +246,9 @@ class ScheduleConfig(Section):
     start: Literal["first", "zero"] = Field(
         default="first",
         description="zero: the first update has lr 0, as in the papers' protocol",
+    )
+    cycle: Index = Field(
+        default=0, description="updates after which the schedule begins anew, 0 = never"
     )
 
 
@@ -306,6 +318,12 @@ class EvaluateConfig(Section):
 
     every: Index | Auto = Field(default="auto", description="updates between evaluations, 0 = end")
     tokens: Count | Auto = Field(default="auto", description="validation tokens of an evaluation")
+    batch: Size = Field(
+        default=256, description="galore protocol: sequences whose mean loss counts once"
+    )
+    gpus: Size = Field(
+        default=1, description="galore protocol: how many such batches the papers took at a time"
+    )
 
 
 class CheckpointConfig(Section):
@@ -361,6 +379,9 @@ class RunConfig(Section):
     """Where the run's folder stands."""
 
     name: str | None = Field(default=None, description="default: model, method and a number")
+    recipe: str | None = Field(
+        default=None, description="the recipe that the run began with; set by lowmem"
+    )
     out: str = Field(default="runs", description="folder that holds the runs")
 
     @field_validator("name")
@@ -374,6 +395,10 @@ class RunConfig(Section):
 class Config(Section):
     """Everything a run depends on."""
 
+    recipe: str | None = Field(
+        default=None,
+        description="published settings that all others override: lowmem reproduce list",
+    )
     model: str | ModelConfig = Field(
         default="auto", description="a preset, a path to a config.json, or an inline table"
     )

@@ -19,12 +19,15 @@ from lowmem.data.cache import sync_folder, write_whole
 from lowmem.data.jobs import Options
 from lowmem.data.pieces import Piece, is_held_out
 from lowmem.data.shards import FORMAT, MANIFEST, SCHEMA_VERSION, SPLITS, Split, token_dtype
+from lowmem.data.shuffle import documents_shuffled
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import DataError
 
 SHARD_TOKENS = 2**27
 _CHUNK_TOKENS = 2**22
+_DOCUMENTS_AT_ONCE = 2**14
 _MOST_INPUTS_LISTED = 10_000
+HELD_OUT = "held out documents, about 1 in 100 by hash"
 
 
 def assemble(
@@ -43,11 +46,14 @@ def assemble(
     everything = [piece for name in SPLITS for piece in pieces[name]]
     if not any(piece.documents for piece in everything):
         raise DataError(f"no text for {out}", _why_empty(everything), "give files that hold text")
+    rows = options.row_tokens is not None
     writers = {
-        name: ShardWriter(out, name, dtype, tokenizer.vocab_size, options.limit(name))
+        name: ShardWriter(out, name, dtype, tokenizer.vocab_size, options.limit(name), indexed=rows)
         for name in SPLITS
     }
-    if pieces["validation"] or not pieces["train"]:
+    if rows:
+        cut = _write_shuffled(pieces, dtype, writers)
+    elif pieces["validation"] or not pieces["train"]:
         cut = "files"
         for name in SPLITS:
             for piece in pieces[name]:
@@ -74,6 +80,8 @@ def assemble(
         "splits": splits,
         "source": about | {"validation": cut} | _described(everything),
     }
+    if rows:
+        manifest["row_tokens"] = options.row_tokens
     sync_folder(out)
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
 
@@ -82,10 +90,18 @@ class ShardWriter:
     """Writes one split as shards of at most SHARD_TOKENS tokens, each under its name when whole."""
 
     def __init__(
-        self, folder: Path, split: str, dtype: np.dtype[Any], vocab_size: int, limit: int | None
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype[Any],
+        vocab_size: int,
+        limit: int | None,
+        *,
+        indexed: bool = False,
     ) -> None:
-        """limit: tokens after which nothing more is taken."""
-        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, limit
+        """limit: tokens after which nothing more is taken. indexed: with the start of documents."""
+        self._folder, self._split, self._dtype, self.limit = folder, split, dtype, limit
+        self._lengths: list[np.ndarray] | None = [] if indexed else None
         self._counts = np.zeros(vocab_size, "<i8")
         self._shards: list[dict[str, Any]] = []
         self._documents = 0
@@ -95,11 +111,13 @@ class ShardWriter:
 
     def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents; those after the limit are dropped, the one across it is cut."""
-        if self._limit is not None:
-            room = self._limit - self._total
+        if self.limit is not None:
+            room = self.limit - self._total
             lengths = lengths[np.cumsum(lengths) - lengths < room]
             tokens = tokens[:room]
         self._documents += len(lengths)
+        if self._lengths is not None:
+            self._lengths.append(lengths)
         while len(tokens):
             if self._file is None:
                 self._open()
@@ -118,15 +136,21 @@ class ShardWriter:
         """Finish the last shard and the counts; the split's entry of the manifest."""
         if self._file is not None:
             self._seal()
-        counts = self._counts.tobytes()
-        write_whole(self._folder / f"{self._split}-counts.bin", counts)
-        return {
+        told = {
             "tokens": self._total,
             "documents": self._documents,
             "shards": self._shards,
-            "counts": f"{self._split}-counts.bin",
-            "counts_sha256": hashlib.sha256(counts).hexdigest(),
+            **self._table("counts", self._counts),
         }
+        if self._lengths is not None:
+            told |= self._table("starts", np.concatenate([[0], *self._lengths]).cumsum())
+        return told
+
+    def _table(self, kind: str, numbers: np.ndarray) -> dict[str, Any]:
+        """Write int64 numbers beside the shards; their two entries of the manifest."""
+        content, name = np.asarray(numbers, "<i8").tobytes(), f"{self._split}-{kind}.bin"
+        write_whole(self._folder / name, content)
+        return {kind: name, f"{kind}_sha256": hashlib.sha256(content).hexdigest()}
 
     def largest_id(self) -> int:
         """The largest id that occurred, -1 if none did."""
@@ -148,24 +172,64 @@ class ShardWriter:
         self._file = None
 
 
+def _write_shuffled(
+    pieces: dict[Split, list[Piece]], dtype: np.dtype[Any], writers: dict[Split, ShardWriter]
+) -> str:
+    """Write both splits in the order of the papers' stream; how they were cut, for the manifest."""
+    if pieces["validation"] or not pieces["train"]:
+        for name in SPLITS:
+            every = [np.ones(piece.documents, bool) for piece in pieces[name]]
+            _write_in_order(pieces[name], every, dtype, writers[name])
+        return "files"
+    held = _held_out(pieces["train"], dtype)
+    _write_in_order(pieces["train"], [~mask for mask in held], dtype, writers["train"])
+    _write_in_order(pieces["train"], held, dtype, writers["validation"])
+    return HELD_OUT
+
+
+def _write_in_order(
+    pieces: Sequence[Piece], masks: Sequence[np.ndarray], dtype: np.dtype[Any], writer: ShardWriter
+) -> None:
+    """The chosen documents of the pieces, shuffled; of the plain stream up to the limit."""
+    if not pieces:
+        return
+    texts = [piece.arrays(dtype)[:2] for piece in pieces]
+    of_piece = np.concatenate([np.full(len(held), at) for at, (_, held) in enumerate(texts)])
+    ends = np.concatenate([held.cumsum() for _, held in texts])
+    lengths = np.concatenate([held for _, held in texts])
+    documents = np.flatnonzero(np.concatenate(masks))
+    if writer.limit is not None:
+        documents = documents[lengths[documents].cumsum() <= writer.limit]
+    order = documents[documents_shuffled(len(documents))]
+    for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
+        some = order[start : start + _DOCUMENTS_AT_ONCE]
+        parts = [texts[of_piece[one]][0][ends[one] - lengths[one] : ends[one]] for one in some]
+        writer.write(np.concatenate(parts), lengths[some])
+
+
+def _held_out(pieces: Sequence[Piece], dtype: np.dtype[Any]) -> list[np.ndarray]:
+    """Which documents of each piece are validation: of several at least one, and never all."""
+    masks = [is_held_out(piece.arrays(dtype)[2]) for piece in pieces]
+    documents, held = sum(map(len, masks)), sum(int(mask.sum()) for mask in masks)
+    if held == documents or (held == 0 and documents > 1):
+        _flip_one(pieces, dtype, masks, lowest=held == 0)
+    return masks
+
+
 def _hold_out(
     pieces: Sequence[Piece], dtype: np.dtype[Any], writers: dict[Split, ShardWriter]
 ) -> str:
     """Divide the documents of training files; how it was done, for the manifest."""
-    masks = [is_held_out(piece.arrays(dtype)[2]) for piece in pieces]
-    documents, held = sum(map(len, masks)), sum(int(mask.sum()) for mask in masks)
-    if documents == 1:
+    if sum(piece.documents for piece in pieces) == 1:
         return _hold_out_tail(pieces, dtype, writers)
-    if held in (0, documents):
-        _flip_one(pieces, dtype, masks, lowest=held == 0)
-    for piece, mask in zip(pieces, masks, strict=True):
+    for piece, mask in zip(pieces, _held_out(pieces, dtype), strict=True):
         tokens, lengths, _ = piece.arrays(dtype)
         ends = np.cumsum(lengths)
         for first, last in _runs(mask):
             start = ends[first] - lengths[first]
             writer = writers["validation" if mask[first] else "train"]
             writer.write(tokens[start : ends[last - 1]], lengths[first:last])
-    return "held out documents, about 1 in 100 by hash"
+    return HELD_OUT
 
 
 def _flip_one(

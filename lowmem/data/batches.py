@@ -8,6 +8,7 @@ is the update index alone, and micro-batch and number of ranks change nothing.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,23 +29,50 @@ class UpdateBatch:
     """All rows of one update for this rank.
 
     rows: (rows, seq_len + 1) int64 on the CPU. tokens: targets of the update over all ranks.
+    lengths: tokens of each row that are no padding, (rows,) int64; None: there is no padding.
+    by_length: rows go to micro-batches by their length, the longest last: then sums are held, too,
+    and an update needs what was planned.
     """
 
     rows: Tensor
     tokens: int
+    lengths: Tensor | None = None
+    by_length: bool = False
 
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, targets), each (b, seq_len) and contiguous; b = size, the last may be less."""
-        for part in self.rows.split(size):
-            yield part[:, :-1].contiguous(), part[:, 1:].contiguous()
+        """(inputs, targets), each (b, t) and contiguous; b = size, the last may be less.
+
+        t is seq_len, or the length of the longest row where rows are padded; targets that are
+        padding are IGNORED.
+        """
+        if self.lengths is None:
+            for part in self.rows.split(size):
+                yield part[:, :-1].contiguous(), part[:, 1:].contiguous()
+            return
+        rows, lengths = self.rows, self.lengths
+        if self.by_length:
+            lengths, order = lengths.sort(stable=True)
+            rows = rows[order]
+        for part, held in zip(rows.split(size), lengths.split(size), strict=True):
+            longest = int(held.max())
+            targets = part[:, 1 : longest + 1].clone()
+            targets[torch.arange(1, longest + 1) >= held[:, None]] = IGNORED
+            yield part[:, :longest].contiguous(), targets
 
     def digest(self) -> str:
         """sha256 of the tokens, to prove that a resumed run continues with the same batch."""
         return hashlib.sha256(self.rows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
+class TrainingOrder(Protocol):
+    """Update index -> rows: of packed text (`Batches`), or of documents (`documents.py`)."""
+
+    def of(self, update: int) -> UpdateBatch: ...
+    def places_of(self, update: int) -> list[tuple[str, int]]: ...
+
+
 class Batches:
-    """The order of training: update index -> rows."""
+    """The order of training: update index -> rows of packed text."""
 
     def __init__(
         self,
@@ -73,9 +101,8 @@ class Batches:
 
     def of(self, update: int) -> UpdateBatch:
         """The rows of update `update` (from 0)."""
-        rows = np.empty((len(self._own), self._seq_len + 1), np.int64)
-        for row, window in zip(rows, self._windows_of(update), strict=True):
-            row[:] = self._stream.read(int(window) * self._seq_len, self._seq_len + 1)
+        starts = self._windows_of(update) * self._seq_len
+        rows = self._stream.read_rows(starts, self._seq_len + 1)
         return UpdateBatch(torch.from_numpy(rows), self._rows_per_update * self._seq_len)
 
     def places_of(self, update: int) -> list[tuple[str, int]]:

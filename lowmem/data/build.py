@@ -20,6 +20,7 @@ from lowmem.data.jobs import Job, Options, PieceMaker
 from lowmem.data.pieces import Piece, PieceWriter
 from lowmem.data.pool import Progress, make_pieces
 from lowmem.data.shards import PIECES, SCHEMA_VERSION, SPLITS, Corpus, Split, is_corpus, open_corpus
+from lowmem.data.shuffle import files_shuffled
 from lowmem.data.sources import Bad, Input, checked_text
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import DataError
@@ -37,7 +38,7 @@ def build_key(
     inputs: Sequence[Input], tokenizer: Tokenizer, options: Options, about: dict[str, Any]
 ) -> str:
     """A name for the corpus that follows from all it depends on."""
-    own = [SCHEMA_VERSION, tokenizer.fingerprint, tokenizer.end_id, asdict(options), about]
+    own = [SCHEMA_VERSION, tokenizer.fingerprint, tokenizer.end_id, options.told(), about]
     told = json.dumps([own, [asdict(one) for one in inputs]])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
@@ -57,7 +58,7 @@ def build_corpus(
     with _building(out, key) as maker_folder:
         if maker_folder is not None:
             maker = PieceMaker(maker_folder, tokenizer, options)
-            jobs = _jobs(inputs)
+            jobs = _jobs(inputs, shuffled=options.row_tokens is not None)
             made = make_pieces(jobs, maker, workers, progress)
             pieces = {name: [p for p in made if p.split == name] for name in SPLITS}
             assemble(out, pieces, tokenizer, options, {"key": key} | about)
@@ -124,11 +125,13 @@ def _unreadable(error: OSError) -> DataError:
     return DataError(f"{error.strerror or error}{place}", "", fix)
 
 
-def _jobs(inputs: Sequence[Input]) -> list[Job]:
+def _jobs(inputs: Sequence[Input], *, shuffled: bool) -> list[Job]:
+    """shuffled: files in the order of the papers' stream."""
     hold_out = not any(one.split == "validation" for one in inputs)
     jobs: list[Job] = []
     for split in SPLITS:
-        for index, group in enumerate(_groups([one for one in inputs if one.split == split])):
+        own = [one for one in inputs if one.split == split]
+        for index, group in enumerate(_groups(files_shuffled(own) if shuffled else own)):
             jobs.append(Job(split, index, tuple(group), hold_out))
     return jobs
 
@@ -158,8 +161,11 @@ def _stream_pieces(split: Split, maker: PieceMaker, progress: Callback | None) -
         path = maker.path_of(split, len(pieces), "allenai/c4")
         piece = maker.find(path)
         if piece is None:
-            stream = stream or C4Stream(split, pieces[-1].position if pieces else None)
-            with PieceWriter(path, maker.tokenizer, hold_out=False) as writer:
+            if stream is None:
+                shuffled = maker.options.row_tokens is not None
+                position = pieces[-1].position if pieces else None
+                stream = C4Stream(split, position, shuffled=shuffled)
+            with maker.writer(path, hold_out=False) as writer:
                 enough = min(STREAM_PIECE_TOKENS, limit - done)
                 ended = _fill(writer, stream, enough, maker, _told(split, done, progress))
                 named = {"name": f"allenai/c4 en {split} part {len(pieces)}", "split": split}

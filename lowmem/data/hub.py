@@ -2,12 +2,20 @@
 
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lowmem.data.shuffle import files_shuffled
 from lowmem.errors import DataError, HardwareError
+
+C4 = "allenai/c4"
+C4_SHARDS = {"train": 1024, "validation": 8}
+PATIENCE = (1.0, 5.0, 30.0, 120.0)  # seconds before each attempt to open a broken stream again
+
+_SURE_EVERY = 1000  # documents between two positions from which a broken stream is read again
 
 C4_MISSING = "C4 cannot be read from the Hugging Face hub"
 C4_FIX = (
@@ -55,14 +63,32 @@ def require_network(what: str, fix: str) -> None:
         raise DataError(what, why, fix) from error
 
 
-class C4Stream:
-    """The documents of one split of `allenai/c4` (config en), in the hub's order.
+def c4_files(split: str, *, shuffled: bool) -> list[str]:
+    """The files of a split of C4, in their order or in that of the papers' stream."""
+    count = C4_SHARDS[split]
+    names = [f"en/c4-{split}.{number:05d}-of-{count:05d}.json.gz" for number in range(count)]
+    return files_shuffled(names) if shuffled else names
 
-    texts: an iterator over them. position(): where it stands, as plain JSON.
+
+class C4Stream:
+    """The documents of one split of `allenai/c4` (config en), in the order of its files.
+
+    texts: an iterator over them; when the network breaks it is opened again where it broke, a few
+    times (PATIENCE). position(): where it stands, as plain JSON.
     """
 
-    def __init__(self, split: str, position: dict[str, Any] | None) -> None:
-        """split: "train" or "validation". position: of an earlier stream; None: the beginning."""
+    def __init__(
+        self,
+        split: str,
+        position: dict[str, Any] | None,
+        *,
+        shuffled: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """split: "train" or "validation". position: of an earlier stream; None: the beginning.
+
+        shuffled: files in the order of the papers' stream.
+        """
         try:
             import datasets
         except ImportError as error:
@@ -70,10 +96,10 @@ class C4Stream:
             raise HardwareError("--data c4 needs the package `datasets`", "", fix) from error
         require_network(C4_MISSING, C4_FIX)
         self.name = f"allenai/c4 en {split}"
+        self._split, self._files = split, c4_files(split, shuffled=shuffled)
+        self._load, self._sleep = datasets.load_dataset, sleep
         try:
-            self._rows = datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
-            if position is not None:
-                self._rows.load_state_dict(position)
+            self._rows = self._opened(position)
         except Exception as error:  # as in hub_file
             raise _broken(error) from error
         self.texts = self._read()
@@ -82,16 +108,49 @@ class C4Stream:
         """What `__init__` takes to continue after the last document that was taken."""
         return self._rows.state_dict()
 
+    def _opened(self, position: dict[str, Any] | None) -> Any:
+        files = {self._split: self._files}
+        rows = self._load(C4, data_files=files, split=self._split, streaming=True)
+        if position is not None:
+            rows.load_state_dict(position)
+        return rows
+
     def _read(self) -> Iterator[Any]:
-        rows = iter(self._rows)
+        # What a broken stream says of its position need not be that of the last document taken.
+        sure, since = self.position(), 0
+        rows, attempts = iter(self._rows), iter(PATIENCE)
         while True:
             try:
                 row = next(rows, None)
             except Exception as error:  # as in hub_file
-                raise _broken(error) from error
+                rows = self._again(error, attempts, sure, since)
+                continue
             if row is None:
                 return
+            since += 1
+            attempts = iter(PATIENCE)
+            if since == _SURE_EVERY:
+                sure, since = self.position(), 0
             yield row["text"]
+
+    def _again(
+        self, error: Exception, attempts: Iterator[float], position: dict[str, Any], taken: int
+    ) -> Iterator[Any]:
+        """The rows after the `taken` that follow on `position`, when the stream has broken.
+
+        DataError when it has been tried often enough.
+        """
+        for seconds in attempts:
+            self._sleep(seconds)
+            try:
+                self._rows = self._opened(position)
+                rows = iter(self._rows)
+                for _ in range(taken):
+                    next(rows)
+                return rows
+            except Exception as later:  # as in hub_file
+                error = later
+        raise _broken(error) from error
 
 
 def _broken(error: Exception) -> DataError:

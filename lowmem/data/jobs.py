@@ -22,11 +22,19 @@ from lowmem.errors import DataError
 
 @dataclass(frozen=True)
 class Options:
-    """How text is read. max_tokens: bound of the training part, None for all of it."""
+    """How text is read. max_tokens: bound of the training part, None for all of it.
+
+    row_tokens: documents are cut to so many tokens, the end token among them; None: not at all.
+    """
 
     text_key: str = "text"
     skip_bad: bool = False
     max_tokens: int | None = None
+    row_tokens: int | None = None
+
+    def told(self) -> dict[str, Any]:
+        """What the text that comes out depends on; of packed text as before there was another."""
+        return {key: value for key, value in asdict(self).items() if key != "row_tokens" or value}
 
     def limit(self, split: Split) -> int | None:
         """Tokens after which a split is full: validation gets a twentieth of training."""
@@ -56,7 +64,7 @@ class PieceMaker:
     def path_of(self, split: Split, index: int, told: Any) -> Path:
         """Where a piece stands that depends on `told` besides tokenizer and options."""
         own = [SCHEMA_VERSION, self.tokenizer.fingerprint, self.tokenizer.end_id]
-        text = json.dumps([own, asdict(self.options), told])
+        text = json.dumps([own, self.options.told(), told])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self.folder / f"{split}-{index:05d}-{key}"
 
@@ -74,12 +82,16 @@ class PieceMaker:
             return None  # not there or from a crash: it is made again
         return piece if whole else None
 
+    def writer(self, path: Path, hold_out: bool) -> PieceWriter:
+        """What writes the piece at `path`."""
+        return PieceWriter(path, self.tokenizer, hold_out, self.options.row_tokens)
+
     def make(self, job: Job, told: Callable[[int, int, int], None]) -> Piece:
         """Read the inputs of `job`. told(bytes, tokens, files): called often, may raise."""
         path = self.path_of(job.split, job.index, asdict(job))
         if (done := self.find(path)) is not None:
             return done
-        with PieceWriter(path, self.tokenizer, job.hold_out) as writer:
+        with self.writer(path, job.hold_out) as writer:
             bytes_before, used = 0, []
             limit = self.options.limit(job.split)
             for number, source in enumerate(job.inputs):

@@ -56,11 +56,15 @@ def is_held_out(hashes: np.ndarray) -> np.ndarray:
 
 @dataclass
 class PieceWriter:
-    """Encodes text in large batches and appends the tokens to a file."""
+    """Encodes text in large batches and appends the tokens to a file.
+
+    row_tokens: a document is cut to so many tokens, the end token among them; None: never.
+    """
 
     path: Path
     tokenizer: Tokenizer
     hold_out: bool
+    row_tokens: int | None = None
     tokens: int = 0
     kept_tokens: int = 0
     skipped: list[str] = field(default_factory=list)
@@ -98,6 +102,8 @@ class PieceWriter:
         if self._buffered >= _BUFFERED_CHARACTERS or len(self._texts) >= _BUFFERED_FRAGMENTS:
             self._flush()
         self._digest.update(text.encode())
+        if self._is_open and self.row_tokens is not None:
+            return  # its first part alone has more tokens than are kept
         self._texts.append(text)
         self._last.append(False)
         self._buffered += len(text)
@@ -135,6 +141,8 @@ class PieceWriter:
 
     def _flush(self) -> None:
         encoded = self.tokenizer.encode_batch(self._texts)
+        if self.row_tokens is not None:
+            encoded = [ids[: self.row_tokens - 1] for ids in encoded]
         for ids, last in zip(encoded, self._last, strict=True):
             self._length += len(ids) + last
             if last:

@@ -6,10 +6,11 @@ corpus_for(DataConfig(source="books/"), vocab_size=32000)    the same, once, in 
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.schema import DataConfig, Protocol, settled
 from lowmem.data.build import build_corpus, build_from_stream, build_key
 from lowmem.data.cache import cache_home
 from lowmem.data.hub import C4_FIX, C4_MISSING
@@ -21,6 +22,7 @@ from lowmem.data.sources import Input, find_inputs, is_c4_copy
 from lowmem.data.tokenizer import Tokenizer, load_tokenizer
 from lowmem.errors import DataError
 
+PAPER_ROW_TOKENS = 256
 C4_DEFAULT_TOKENS = 200_000_000
 """How much of C4 is taken from the hub where nobody says: about 0.8 GB of text."""
 
@@ -34,14 +36,16 @@ def prepare(
     skip_bad: bool = False,
     workers: int | None = None,
     max_tokens: int | None = None,
+    row_tokens: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Corpus:
     """Write the tokens of `source` ("sample", "c4" or a path) to the folder `out`.
 
     Interrupted, it continues; finished, it only opens. max_tokens bounds the training part, and
-    validation to a twentieth of it. workers: processes; None chooses.
+    validation to a twentieth of it. row_tokens: documents are cut to so many, for the papers'
+    protocol. workers: processes; None chooses.
     """
-    options = Options(text_key, skip_bad, max_tokens)
+    options = Options(text_key, skip_bad, max_tokens, row_tokens)
     if source == "c4":
         return build_from_stream(tokenizer, out, _bounded(options), {"kind": "c4"}, progress)
     inputs, about = _described(source)
@@ -64,8 +68,9 @@ def corpus_for(
     if config.source not in ("sample", "c4") and is_corpus(folder):
         corpus = open_corpus(folder)
         _check_tokenizer(corpus, config.tokenizer)
+        _check_protocol(corpus, config.protocol, row_tokens_of(config))
     else:
-        options = Options(config.text_key, config.skip_bad, max_tokens)
+        options = Options(config.text_key, config.skip_bad, max_tokens, row_tokens_of(config))
         corpus = _cached(config.source, tokenizer_for(config), options, progress)
     _check_vocabulary(corpus, vocab_size)
     return corpus
@@ -78,7 +83,7 @@ def _cached(
     progress: Callable[[Progress], None] | None,
 ) -> Corpus:
     if source == "sample":
-        return sample_corpus(tokenizer, max_tokens=options.max_tokens, progress=progress)
+        return sample_corpus(tokenizer, options, progress=progress)
     home = cache_home() / "corpora"
     about: dict[str, Any] = {"kind": "c4"}
     if source == "c4":
@@ -102,7 +107,14 @@ def _described(source: str) -> tuple[Sequence[Input], dict[str, Any]]:
 
 
 def _bounded(options: Options) -> Options:
-    return Options(options.text_key, options.skip_bad, options.max_tokens or C4_DEFAULT_TOKENS)
+    return replace(options, max_tokens=options.max_tokens or C4_DEFAULT_TOKENS)
+
+
+def row_tokens_of(config: DataConfig) -> int | None:
+    """Tokens that documents are cut to; None where they are packed."""
+    if config.protocol == "lowmem":
+        return None
+    return PAPER_ROW_TOKENS if config.seq_len == "auto" else settled(config.seq_len)
 
 
 def tokenizer_for(config: DataConfig) -> Tokenizer:
@@ -127,6 +139,22 @@ def _check_tokenizer(corpus: Corpus, spec: str) -> None:
             f"tokenizer.json differs: {told['fingerprint'][:12]}, {asked.fingerprint[:12]}",
             f"leave --tokenizer out, or prepare the text again with --tokenizer {spec}",
         )
+
+
+def _check_protocol(corpus: Corpus, protocol: Protocol, row_tokens: int | None) -> None:
+    """A corpus is packed, or of documents that were cut to a certain length."""
+    if corpus.row_tokens == row_tokens:
+        return
+    if corpus.row_tokens is None:
+        why = "it was prepared for packing: documents are whole, in the order of their files"
+    else:
+        why = f"it was prepared for --protocol galore: documents cut to {corpus.row_tokens} tokens"
+    asked = f"--protocol {protocol}" + (f" --seq-len {row_tokens}" if row_tokens else "")
+    raise DataError(
+        f"{corpus.folder} does not suit {asked}",
+        why,
+        f"give --data the text itself, or prepare it: lowmem data prepare TEXT {asked} --out NEW",
+    )
 
 
 def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:

@@ -80,14 +80,14 @@ def sample_tokenizer() -> Tokenizer:
 
 def sample_corpus(
     tokenizer: Tokenizer | None = None,
+    options: Options | None = None,
     *,
-    max_tokens: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Corpus:
     """The corpus in the cache, prepared if it is not there; None: with its own tokenizer."""
     tokenizer = tokenizer or sample_tokenizer()
     inputs, about = sample_source()
-    options = Options(max_tokens=max_tokens)
+    options = options or Options()
     out = cache_home() / "corpora" / f"sample-{build_key(inputs, tokenizer, options, about)}"
     return build_corpus(inputs, tokenizer, out, options, about, progress=progress)
 

@@ -4,6 +4,10 @@ A corpus is a folder: `train-00000.bin` ... and `validation-00000.bin` ... hold 
 ids (uint16 while the vocabulary fits, else uint32), documents one after the other, each closed by
 the end token; `*-counts.bin` how often each id occurs (int64); the tokenizer's two files; and
 `manifest.json`, which is written last, so that a folder without it is no corpus.
+
+With `row_tokens` in the manifest every document is cut to so many tokens, documents are in the
+order of the papers' shuffled stream, and `*-starts.bin` says where each begins (int64, and the end
+of the last): the papers' protocol reads one to a row.
 """
 
 import hashlib
@@ -53,10 +57,11 @@ class TokenStream:
         self, folder: Path, split: dict[str, Any], dtype: np.dtype[Any], largest_id: int = 2**32
     ) -> None:
         """split: the manifest's entry. largest_id: that occurs in the corpus."""
-        self._folder, self._largest_id = folder, largest_id
+        self.folder, self._largest_id = folder, largest_id
         self.tokens: int = split["tokens"]
         self.documents: int = split["documents"]
         self._counts_file = folder / split["counts"]
+        self._starts_file = split.get("starts")
         self._files = [s["file"] for s in split["shards"]]
         self._maps = [np.memmap(folder / s["file"], dtype, "r") for s in split["shards"]]
         self._starts = np.cumsum([0] + [s["tokens"] for s in split["shards"]])
@@ -77,18 +82,42 @@ class TokenStream:
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
-        if count and int(out.max()) > self._largest_id:
-            raise DataError(
-                f"a shard of {self._folder} is damaged: it holds id {out.max()}",
-                f"{MANIFEST} says that {self._largest_id} is the largest",
-                f"lowmem data verify {self._folder} names the file; {REBUILD}",
-            )
+        self._check(out)
         return out
+
+    def read_rows(self, starts: np.ndarray, count: int) -> np.ndarray:
+        """(rows, count) int64: the same from each of `starts`, all at once."""
+        out = np.empty((len(starts), count), np.int64)
+        shards = np.searchsorted(self._starts, starts, side="right") - 1
+        inside = starts - self._starts[shards]
+        whole = starts + count <= self._starts[shards + 1]
+        for shard in np.unique(shards[whole]):
+            rows = np.flatnonzero(whole & (shards == shard))
+            out[rows] = self._maps[shard][inside[rows, None] + np.arange(count)]
+        for row in np.flatnonzero(~whole):  # across a border
+            out[row] = self.read(int(starts[row]), count)
+        self._check(out)
+        return out
+
+    def _check(self, out: np.ndarray) -> None:
+        if out.size and int(out.max()) > self._largest_id:
+            raise DataError(
+                f"a shard of {self.folder} is damaged: it holds id {out.max()}",
+                f"{MANIFEST} says that {self._largest_id} is the largest",
+                f"lowmem data verify {self.folder} names the file; {REBUILD}",
+            )
 
     def place(self, token: int) -> tuple[str, int]:
         """(file, number of the token in it) of a token of the stream."""
         shard = int(np.searchsorted(self._starts, token, side="right")) - 1
         return self._files[shard], token - int(self._starts[shard])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each document begins, and the end of the last: (documents + 1,) int64, mapped."""
+        if self._starts_file is None:
+            raise ValueError(f"{self.folder} has no index of documents")
+        return np.memmap(self.folder / self._starts_file, "<i8", "r")
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -125,6 +154,12 @@ class Corpus:
     def vocab_size(self) -> int:
         """The tokenizer's, largest id + 1; `largest_id` in the manifest is what really occurs."""
         return int(self.manifest["tokenizer"]["vocab_size"])
+
+    @property
+    def row_tokens(self) -> int | None:
+        """Tokens that documents are cut to, for the papers' protocol; None: they are whole."""
+        found: int | None = self.manifest.get("row_tokens")
+        return found
 
     def tokenizer(self) -> Tokenizer:
         """The copy that the corpus keeps; read once, for every save asks for it."""
@@ -179,6 +214,8 @@ def verify_corpus(folder: Path) -> Verified:
     for split in corpus.manifest["splits"].values():
         hashes |= {shard["file"]: shard["sha256"] for shard in split["shards"]}
         hashes[split["counts"]] = split["counts_sha256"]
+        if "starts" in split:
+            hashes[split["starts"]] = split["starts_sha256"]
     hashes["tokenizer.json"] = corpus.manifest["tokenizer"]["fingerprint"]
     for name, expected in hashes.items():
         with (folder / name).open("rb") as file:
@@ -242,6 +279,8 @@ class _SplitEntry(_Entry):
     shards: list[_Shard]
     counts: _FileName
     counts_sha256: _Sha256
+    starts: _FileName | None = None
+    starts_sha256: _Sha256 | None = None
 
     @model_validator(mode="after")
     def _check_sum(self) -> Self:
@@ -263,6 +302,7 @@ class _Manifest(_Entry):
     largest_id: Annotated[int, Field(ge=-1)]
     splits: dict[Split, _SplitEntry]
     source: dict[str, Any]
+    row_tokens: Annotated[int, Field(ge=2)] | None = None
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:
@@ -272,6 +312,9 @@ class _Manifest(_Entry):
             raise ValueError(f"dtype {self.dtype} does not suit the vocabulary")
         if self.largest_id >= self.tokenizer.vocab_size:
             raise ValueError(f"largest_id {self.largest_id} is outside of the vocabulary")
+        for split in self.splits.values():
+            if {split.starts is None, split.starts_sha256 is None} != {self.row_tokens is None}:
+                raise ValueError("row_tokens and the starts of documents come together")
         return self
 
 
@@ -282,6 +325,8 @@ def _files(manifest: dict[str, Any]) -> Iterator[tuple[str, int | None]]:
         for shard in split["shards"]:
             yield shard["file"], shard["tokens"] * width
         yield split["counts"], manifest["tokenizer"]["vocab_size"] * 8
+        if "starts" in split:
+            yield split["starts"], (split["documents"] + 1) * 8
     yield "tokenizer.json", None
 
 
@@ -299,4 +344,6 @@ def _fingerprint(manifest: dict[str, Any]) -> str:
         for name, split in manifest["splits"].items()
     }
     told = [manifest["dtype"], manifest["tokenizer"]["fingerprint"], shards]
+    if "row_tokens" in manifest:
+        told.append([split["starts_sha256"] for split in manifest["splits"].values()])
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -104,7 +104,7 @@ class Llama(nn.Module):
             end = Int8Linear if int8_ends else Linear
             self.lm_head = end(h, vocabulary, bias=False, dtype=dtype, device=device)
         self.sink: GradientSink = ParameterGrads(self)
-        self._rotations: dict[int, Rotation] = {}
+        self._longest_rotation: Rotation | None = None
 
     @property
     def head_weight(self) -> Weight:
@@ -214,11 +214,14 @@ class Llama(nn.Module):
         return rms_norm(x, self.model.norm.weight, self.config.rms_norm_eps)[0]
 
     def _rotation(self, length: int) -> Rotation:
-        """Rotary tables of a sequence length, made once."""
-        if length not in self._rotations:
+        """Rotary tables of a sequence length: the beginning of those of the longest so far."""
+        longest = self._longest_rotation
+        if longest is None or len(longest[0]) < length:
+            self._longest_rotation = longest = None  # before the longer one is made
             frequency = _frequencies(self.config, self.head_weight.device)
-            self._rotations[length] = rope.tables(frequency, length)
-        return self._rotations[length]
+            self._longest_rotation = longest = rope.tables(frequency, length)
+        cos, sin = longest
+        return cos[:length], sin[:length]
 
 
 def _role(name: str) -> str:

@@ -81,6 +81,7 @@ def assign(
 ) -> list[Assignment]:
     """One assignment per weight, in the order of `weights`. ConfigError for unsuitable options."""
     rest = _rest(config)
+    decay = 0.0 if config.weight_decay == "auto" else settled(config.weight_decay)
     matrices = [name for name in weights if _is_matrix(roles[name])]
     indices = {name: index for index, name in enumerate(matrices)}
     return [
@@ -88,7 +89,7 @@ def assign(
             name,
             roles[name],
             _method_for(config, weight, roles[name], rest),
-            0.0 if roles[name] in ("norm", "bias") else config.weight_decay,
+            0.0 if roles[name] in ("norm", "bias") else decay,
             Place(0, roles[name], indices.get(name, 0), max(1, len(matrices)), head_dim),
         )
         for name, weight in weights.items()
@@ -157,3 +158,10 @@ def learning_rate(config: OptimizerConfig, parameters: int) -> float:
     if config.lr != "auto":
         return settled(config.lr)
     return method_spec(config.method).learning_rate(parameters)
+
+
+def weight_decay(config: OptimizerConfig, parameters: int) -> float:
+    """The weight decay: what the user gave, or what the method's sheet says."""
+    if config.weight_decay != "auto":
+        return settled(config.weight_decay)
+    return method_spec(config.method).weight_decay(parameters)

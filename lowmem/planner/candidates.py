@@ -24,6 +24,7 @@ from lowmem.errors import ConfigError
 from lowmem.optim.assign import method_options, takes_rank
 from lowmem.optim.method import ByRole
 from lowmem.optim.methods import METHODS, MethodSpec, build_method, method_spec
+from lowmem.optim.methods.spec import SHEET_ONLY
 from lowmem.planner.quality import Penalty, automatic, penalty
 
 LEAST_SHARE = 8  # of the sheet's rank, below which the planner does not go unasked
@@ -95,9 +96,9 @@ class Family:
 def sheet_settings(method: str, parameters: int, given: Collection[str]) -> dict[str, Any]:
     """What the method's sheet says for a model of that size of arguments that are not `given`.
 
-    Without lr, which is no argument, and rank and format, which are the planner's choice.
+    Without lr and decay, which are no arguments, and rank and format: the planner's choice.
     """
-    settled_otherwise = {"lr", "rank", "states", *given}
+    settled_otherwise = {*SHEET_ONLY, "rank", "states", *given}
     if not _ONE_SETTING.isdisjoint(given):
         settled_otherwise |= _ONE_SETTING
     found = method_spec(method).recipe(parameters).items()

@@ -10,7 +10,7 @@ torch: the evidence can be shown before anything heavy is loaded.
 import math
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
@@ -23,6 +23,7 @@ DOUBT = 0.01  # nats, added for every step away from the evidence
 REACH = 4.0  # the factor in model size over which the nearest row still speaks
 _PRECISION = {"8bit": 0, "bf16": 1, "fp32": 2}  # of moments
 _REFERENCE = "adamw"
+_READ = {"published": "as printed", "second-hand": "quoted"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Evidence:
     rank: as a share of the hidden size; None where the method has no such choice. adamw: in the
     same table, None where it has none. tuned: the best published AdamW under the same protocol.
     variant: what differs from the method as lowmem would choose it. aside: why it does not count.
+    reading: "as printed", "quoted", "recomputed" or "from memory".
     """
 
     method: str
@@ -50,6 +52,7 @@ class Evidence:
     variant: str | None
     aside: str | None
     protocol: str
+    reading: str
 
     @property
     def counts(self) -> bool:
@@ -125,7 +128,75 @@ def _rows(table: dict[str, Any]) -> Iterator[Evidence]:
                 variant=row.get("variant"),
                 aside=table.get("aside"),
                 protocol=table["protocol"],
+                reading=table.get("reading", _READ[table["mark"]]),
             )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published figure of memory or speed. reading: as of `Evidence`."""
+
+    method: str
+    size: str
+    what: str
+    value: float
+    unit: str
+    setting: str
+    source: str
+    variant: str | None
+    reading: str
+
+
+@cache
+def figures() -> tuple[Figure, ...]:
+    """Every published figure that is no perplexity."""
+    return tuple(
+        Figure(
+            row["method"],
+            size,
+            table["what"],
+            value,
+            table["unit"],
+            table["setting"],
+            table["source"],
+            row.get("variant"),
+            table["reading"],
+        )
+        for table in _file()["figures"]
+        for row in table["rows"]
+        for size, value in zip(table["sizes"], row["values"], strict=True)
+        if not math.isnan(value)
+    )
+
+
+def published_row(
+    source: str, method: str, size: str, variant: str | None, rank: float | None
+) -> Evidence | None:
+    """The row of one table for one run. rank: as a share of the hidden size.
+
+    AdamW without a row of its own is the table's baseline. None: the table has no such row, or has
+    it with another rank.
+    """
+    table = [row for row in evidence() if (row.source, row.size) == (source, size)]
+    for row in table:
+        same_rank = row.rank is None or (
+            rank is not None and math.isclose(row.rank, rank, rel_tol=0.01)
+        )
+        if (row.method, row.variant) == (method, variant) and same_rank:
+            return row
+    baseline = next((row for row in table if row.adamw is not None), None)
+    if method != _REFERENCE or variant is not None or baseline is None:
+        return None
+    assert baseline.adamw is not None
+    return replace(
+        baseline,
+        method=method,
+        rank=None,
+        moments="bf16",
+        weights="bf16",
+        ppl=baseline.adamw,
+        variant=None,
+    )
 
 
 def automatic(names: Sequence[str], *, ranked: bool = False) -> list[str]:

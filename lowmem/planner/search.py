@@ -17,7 +17,7 @@ from typing import Any
 
 from lowmem.config.recompute import in_words
 from lowmem.config.schema import Config, Logits, ModelConfig, SumFormat, UpdateMode, settled
-from lowmem.optim.assign import learning_rate
+from lowmem.optim.assign import learning_rate, weight_decay
 from lowmem.optim.methods import METHODS, method_spec
 from lowmem.optim.methods.third_party import package_of, refused
 from lowmem.planner.candidates import (
@@ -478,7 +478,11 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
     """The configuration with everything that the planner chose written down."""
     kind = kind_of(choice)
     optimizer = kind.optimizer(config.optimizer, model.parameters)
-    optimizer = optimizer.model_copy(update={"lr": learning_rate(optimizer, model.parameters)})
+    rates = {
+        "lr": learning_rate(optimizer, model.parameters),
+        "weight_decay": weight_decay(optimizer, model.parameters),
+    }
+    optimizer = optimizer.model_copy(update=rates)
     train = config.train.model_copy(
         update={
             "micro_batch": choice.micro_batch,
@@ -507,6 +511,8 @@ def _said(config: Config, filled: Config, model: ModelConfig) -> list[str]:
     ]
     if config.optimizer.lr == "auto":
         said.append(f"lr {filled.optimizer.lr:g}: from {recipe}, {spec.source}")
+    if config.optimizer.weight_decay == "auto" and filled.optimizer.weight_decay:
+        said.append(f"weight-decay {filled.optimizer.weight_decay:g}: from {recipe}")
     if config.train.clip == "auto":
         why = "fused updates cannot be clipped" if filled.train.clip == "off" else "the usual limit"
         said.append(f"clip {filled.train.clip}: {why}")

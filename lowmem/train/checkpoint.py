@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from lowmem import __version__
 from lowmem.config.schema import Config
-from lowmem.data.batches import Batches
+from lowmem.data.batches import TrainingOrder
 from lowmem.data.cache import sync_folder
 from lowmem.data.shards import Corpus
 from lowmem.errors import CheckpointError, ConfigError, DataError, short
@@ -55,7 +55,12 @@ ABOUT = "lowmem.json"  # what a model folder says of its training; transformers 
 
 
 def capture(
-    run: Run, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus, at: Position
+    run: Run,
+    model: Llama,
+    optimizer: Optimizer,
+    batches: TrainingOrder,
+    corpus: Corpus,
+    at: Position,
 ) -> Snapshot:
     """The content of the checkpoint of `at`; its tensors are the live ones, not copies."""
     files = folder_files(model, corpus.tokenizer())
@@ -84,7 +89,12 @@ def capture(
 
 
 def save(
-    run: Run, model: Llama, optimizer: Optimizer, batches: Batches, corpus: Corpus, at: Position
+    run: Run,
+    model: Llama,
+    optimizer: Optimizer,
+    batches: TrainingOrder,
+    corpus: Corpus,
+    at: Position,
 ) -> Path:
     """Write the checkpoint of `at` at once; see `write`."""
     return write(run, capture(run, model, optimizer, batches, corpus, at))
@@ -120,7 +130,8 @@ def tidy(run: Run) -> None:
 
 
 def _about(run: Run, at: Position) -> dict[str, Any]:
-    data = run.config.data.model_dump(include={"source", "seq_len", "text_key", "skip_bad"})
+    told = {"protocol", "source", "seq_len", "text_key", "skip_bad"}
+    data = run.config.data.model_dump(include=told)
     return {"lowmem": __version__, "update": at.update, "data": data}
 
 
@@ -246,7 +257,7 @@ def restore(
     folder: Path,
     model: Llama,
     optimizer: Optimizer,
-    batches: Batches,
+    batches: TrainingOrder,
     corpus: Corpus,
     config: Config | None = None,
 ) -> tuple[Position, Converted | None]:

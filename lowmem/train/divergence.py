@@ -28,7 +28,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from lowmem.config.schema import CALM, GuardConfig
-from lowmem.data.batches import Batches
+from lowmem.data.batches import TrainingOrder
 from lowmem.errors import DivergedError
 
 _TO_DEVIATION = 1.4826  # of a normal distribution: its median absolute deviation is 1 / 1.4826
@@ -173,7 +173,7 @@ def robust_score(value: float, known: Iterable[float], least: float) -> tuple[fl
     return (value - median) / max(spread, least * abs(median), 1e-30), median
 
 
-def sequences_of(batches: Batches, update: int) -> list[str]:
+def sequences_of(batches: TrainingOrder, update: int) -> list[str]:
     """Where the sequences of an update stand: "train-00000.bin at token 123", for `data verify`."""
     return [f"{file} at token {token}" for file, token in batches.places_of(update)]
 

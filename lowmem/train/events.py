@@ -55,12 +55,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Validation after `update` (0-based). eval_loss: mean per target token, nats."""
+    """Validation after `update` (0-based). eval_loss: mean per target token, nats.
+
+    published_loss: what the papers' protocol makes of the same losses, which is too low; None:
+    another protocol.
+    """
 
     update: int
     eval_loss: float
     eval_tokens: int
     seconds: float
+    published_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,7 @@ class Finished:
     tokens: int
     seconds: float
     checkpoint: str
+    published_loss: float | None = None  # of the last evaluation, as in Evaluated
 
 
 Metric = Trained | Evaluated | Diagnosed

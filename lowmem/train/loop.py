@@ -14,7 +14,8 @@ from torch import Tensor
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, WeightFormat, settled
-from lowmem.data.batches import Batches, UpdateBatch
+from lowmem.data.batches import Batches, TrainingOrder, UpdateBatch
+from lowmem.data.documents import DocumentBatches
 from lowmem.data.shards import Corpus, TokenStream
 from lowmem.errors import DataError, DivergedError, HardwareError, Stopped
 from lowmem.kernels.attention import choose_backend
@@ -35,7 +36,7 @@ from lowmem.train.divergence import (
     not_finite,
     sequences_of,
 )
-from lowmem.train.evaluate import evaluate, validation_of
+from lowmem.train.evaluate import evaluate_as, validation_of
 from lowmem.train.events import (
     Continued,
     Evaluated,
@@ -101,7 +102,7 @@ class _Task:
 
     run: Run
     corpus: Corpus
-    batches: Batches
+    batches: TrainingOrder
     validation: TokenStream
     plan: Plan | None
     planned: Plan | None
@@ -287,7 +288,7 @@ def _repeat_exactly(model: Llama) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def text_of(config: Config, corpus: Corpus) -> tuple[Batches, TokenStream]:
+def text_of(config: Config, corpus: Corpus) -> tuple[TrainingOrder, TokenStream]:
     """What a run reads: (the order of training, the validation part). DataError: too little."""
     if corpus.train is None:
         raise DataError(
@@ -295,13 +296,18 @@ def text_of(config: Config, corpus: Corpus) -> tuple[Batches, TokenStream]:
             "every file is named as validation",
             "add files without `validation` in their names, or use lowmem eval",
         )
-    batches = Batches(
-        corpus.train,
-        seq_len=settled(config.data.seq_len),
-        rows_per_update=rows_of(config.train.batch, settled(config.data.seq_len)),
-        seed=config.train.seed,
-    )
-    return batches, validation_of(corpus)
+    seq_len = settled(config.data.seq_len)
+    rows = rows_of(config.train.batch, seq_len)
+    if config.data.protocol == "galore":
+        # A subspace comes from the first micro-batch there: not from the longest documents alone.
+        by_length = config.train.update != "fused+subspace"
+        documents = DocumentBatches(
+            corpus.train, seq_len=seq_len, rows_per_update=rows, by_length=by_length
+        )
+        return documents, validation_of(corpus)
+    seed = config.train.seed
+    packed = Batches(corpus.train, seq_len=seq_len, rows_per_update=rows, seed=seed)
+    return packed, validation_of(corpus)
 
 
 def declared_bytes(config: Config) -> int:
@@ -374,7 +380,7 @@ def _given_up(run: Run, update: int, trouble: str, mode: str, guard: Guard) -> D
     return diverged(update, trouble, mode, guard, healthy)
 
 
-def _started(run: Run, batches: Batches, at: Position) -> Started:
+def _started(run: Run, batches: TrainingOrder, at: Position) -> Started:
     resumed = str(run.latest()) if at.update else None
     updates = settled(run.config.train.updates)
     return Started(at.update, updates, batches.of(0).tokens, str(run.folder), resumed)
@@ -418,14 +424,16 @@ def _trained(
 
 
 def _evaluated(update: int, model: Llama, validation: TokenStream, config: Config) -> Evaluated:
-    result = evaluate(
+    result = evaluate_as(
+        config.data.protocol,
         model,
         validation,
+        config.evaluate,
         seq_len=settled(config.data.seq_len),
         tokens=settled(config.evaluate.tokens),
         rows=settled(config.train.micro_batch),  # as rehearsed
     )
-    return Evaluated(update, result.loss, result.tokens, result.seconds)
+    return Evaluated(update, result.loss, result.tokens, result.seconds, result.published_loss)
 
 
 def _stopped_before(run: Run, signal: str, updates: int) -> Stopped:
@@ -446,10 +454,12 @@ def _stopped(run: Run, signal: str, updates: int) -> Stopped:
 
 def _finished(run: Run, validation: TokenStream, at: Position, seconds: float) -> Finished:
     """The summary; the last evaluation is read back, for a run that was already complete."""
-    losses = [line["eval_loss"] for line in run.metrics() if "eval_loss" in line]
+    evaluated = [line for line in run.metrics() if "eval_loss" in line]
+    last = evaluated[-1] if evaluated else {"eval_loss": math.nan}  # metrics.jsonl was removed
     return Finished(
         update=at.update,
-        eval_loss=losses[-1] if losses else math.nan,  # metrics.jsonl was removed by hand
+        eval_loss=last["eval_loss"],
+        published_loss=last.get("published_loss"),
         unigram_loss=validation.unigram_loss(),
         tokens=at.tokens,
         seconds=seconds,

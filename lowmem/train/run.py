@@ -175,6 +175,10 @@ class Run:
         """Every complete line of metrics.jsonl; a line cut by a crash is left out."""
         return _complete_lines(self.folder / METRICS)
 
+    def events(self) -> list[dict[str, Any]]:
+        """Every complete line of events.jsonl."""
+        return _complete_lines(self.folder / EVENTS)
+
     def forget_after(self, updates: int) -> None:
         """Drop metrics of updates that the checkpoint with `updates` done does not know, and what
         a crash left of a last line."""
@@ -230,7 +234,10 @@ def _self_contained(config: Config, name: str) -> Config:
         update={
             "model": resolve_model(config.model, Path.cwd()),
             "data": data.model_copy(update=absolute),
-            "run": config.run.model_copy(update={"name": name}),
+            "recipe": None,  # every setting of it is written down
+            "run": config.run.model_copy(
+                update={"name": name, "recipe": config.recipe or config.run.recipe}
+            ),
         }
     )
 

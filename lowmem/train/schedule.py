@@ -3,6 +3,8 @@
     cosine, 1000 updates, warm-up 100:  u = 0 -> peak / 101;  u = 100 -> peak;  u >= 1000 -> the end
     wsd, decay 0.2:                     peak from u = 100 to 800, then straight down to the end
 
+    cosine, cycle 1000:                 u = 1000 is u = 0 again
+
 After the last update the rate stays at its end; the papers' cosine starts anew there.
 """
 
@@ -11,13 +13,22 @@ from typing import Literal
 
 from lowmem.config.schema import ScheduleConfig
 
+# The released trainers begin every further cycle so, instead of with 0.
+_RESTART, _RESTART_RATIO = 2, 1e-7
+
 
 def learning_rate(schedule: ScheduleConfig, peak: float, update: int, updates: int) -> float:
     """The rate of the 0-based `update` in a run of `updates`; between 0 and `peak`.
 
-    Falls from `peak` at the end of warm-up to `min_ratio * peak` at `update = updates`, one
-    update after the last; "constant" does not fall.
+    It falls from `peak` at the end of warm-up to `min_ratio * peak` at `update = updates`, one
+    update after the last; "constant" does not fall. With a cycle that holds for every so many
+    updates.
     """
+    if schedule.cycle:
+        cycles, update = divmod(update, schedule.cycle)
+        updates = schedule.cycle
+        if cycles and update < _RESTART and schedule.start == "zero":
+            return peak * _RESTART_RATIO
     warmup = _warmup(schedule, updates)
     if update < warmup:
         # Starting at 0 wastes an update, and with it the first subspace: "zero" is for comparisons.

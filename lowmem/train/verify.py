@@ -330,6 +330,9 @@ class RandomTokens(TokenStream):
     def read(self, start: int, count: int) -> np.ndarray:
         return np.random.default_rng(start).integers(0, self._vocab_size, count)
 
+    def read_rows(self, starts: np.ndarray, count: int) -> np.ndarray:
+        return np.stack([self.read(int(start), count) for start in starts])
+
 
 class NoText(Corpus):
     """A corpus without a tokenizer: a saved model folder then has none."""

@@ -18,7 +18,7 @@ from lowmem.errors import CheckpointError, LowMemError, Stopped
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *[[name] for name in ("plan", "train", "resume", "eval", "export", "sample", "methods")],
-    *[[name] for name in ("sweep", "compare", "plot", "report", "doctor")],
+    *[[name] for name in ("sweep", "compare", "plot", "report", "reproduce", "results", "doctor")],
     ["data"],
     ["data", "prepare"],
     ["data", "info"],

@@ -209,6 +209,7 @@ def test_only_the_planner_is_left_with_choices() -> None:
         "data.tokenizer",
         "optimizer.method",
         "optimizer.lr",
+        "optimizer.weight_decay",
         "optimizer.rank",
         "optimizer.states",
         "optimizer.rest.method",

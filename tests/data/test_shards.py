@@ -142,3 +142,12 @@ def test_a_foreign_manifest_is_no_corpus(tmp_path: Path) -> None:
 def test_a_damaged_manifest_of_ours_is_not_taken_for_text(corpus: Corpus) -> None:
     (corpus.folder / "manifest.json").write_text("{")
     assert is_corpus(corpus.folder)
+
+
+def test_rows_at_once_are_the_rows_one_by_one(make_stream: MakeStream) -> None:
+    """Inside shards and across their borders, in any order."""
+    stream = make_stream(list(range(40)), shard_tokens=7)
+    starts = np.array([30, 0, 5, 6, 7, 13, 35])
+    wanted = [stream.read(int(start), 5).tolist() for start in starts]
+    assert stream.read_rows(starts, 5).tolist() == wanted
+    assert stream.read_rows(starts[:1], 5).dtype == np.int64

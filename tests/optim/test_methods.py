@@ -13,7 +13,7 @@ from lowmem.config.schema import RestConfig
 from lowmem.errors import ConfigError
 from lowmem.optim.method import ByRole, Dense, Projected
 from lowmem.optim.methods import METHODS, MethodSpec, build_method, method_spec
-from lowmem.optim.methods.spec import sheet_problem
+from lowmem.optim.methods.spec import SHEET_ONLY, sheet_problem
 from lowmem.optim.place import Place
 from lowmem.optim.rules import Adam
 
@@ -29,7 +29,8 @@ def test_a_sheet_is_complete(name: str) -> None:
     assert sheet_problem(spec) is None
     for recipe in spec.recipes.values():
         assert 0 < recipe["lr"] < 1
-        build_method(name, {key: value for key, value in recipe.items() if key != "lr"})
+        assert 0 <= recipe.get("weight_decay", 0.0) < 1
+        build_method(name, {k: v for k, v in recipe.items() if k not in SHEET_ONLY})
 
 
 @every_method

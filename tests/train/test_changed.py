@@ -7,7 +7,7 @@ import pytest
 
 from lowmem.cli.main import run as command
 from lowmem.config.schema import Config
-from lowmem.data.batches import Batches
+from lowmem.data.batches import Batches, UpdateBatch
 from lowmem.data.shards import Corpus
 from lowmem.tensorfile import read_tensors
 from lowmem.train import loop
@@ -57,7 +57,8 @@ def test_another_micro_batch_or_recomputation_changes_only_rounding(
     train(run, tiny_corpus, lambda event: None)
     before = finished(run)
     weights = dict(read_tensors(run.latest() / "model" / "model.safetensors"))
-    seen, of = [], Batches.of
+    seen: list[tuple[int, str]] = []
+    of: Callable[[Any, int], UpdateBatch] = Batches.of
 
     def noted(batches: Batches, update: int) -> Any:
         seen.append((update, of(batches, update).digest()))

@@ -12,7 +12,7 @@ import torch
 
 from lowmem.cli.main import run as command
 from lowmem.config.schema import Config
-from lowmem.data.batches import Batches
+from lowmem.data.batches import Batches, UpdateBatch
 from lowmem.data.shards import Corpus
 from lowmem.tensorfile import read_tensors
 from lowmem.train import loop
@@ -88,7 +88,8 @@ def test_a_converted_run_goes_on_without_a_jump(
 ) -> None:
     run = begun(optimizer)
     unbroken, before = losses(run), contents(middle(run))
-    seen, of = [], Batches.of
+    seen: list[tuple[int, str]] = []
+    of: Callable[[Any, int], UpdateBatch] = Batches.of
 
     def noted(batches: Batches, update: int) -> Any:
         seen.append((update, of(batches, update).digest()))

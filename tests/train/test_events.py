@@ -48,8 +48,14 @@ RECORDS: list[tuple[Event, dict[str, Any]]] = [
         },
     ),
     (
-        Evaluated(3, 4.5, 2000, 0.5),
-        {"update": 3, "eval_loss": 4.5, "eval_tokens": 2000, "seconds": 0.5},
+        Evaluated(3, 4.5, 2000, 0.5, 4.4),
+        {
+            "update": 3,
+            "eval_loss": 4.5,
+            "eval_tokens": 2000,
+            "seconds": 0.5,
+            "published_loss": 4.4,
+        },
     ),
     (
         Diagnosed(3, {"energy": 0.5, "overlap": None}),
@@ -161,6 +167,7 @@ RECORDS: list[tuple[Event, dict[str, Any]]] = [
             "tokens": 2560,
             "seconds": 9.0,
             "checkpoint": "runs/a/checkpoints/step-000010",
+            "published_loss": None,
         },
     ),
 ]

@@ -20,6 +20,7 @@ TOTAL = 60  # of the oracle
     [
         ("cosine_min10", ScheduleConfig(kind="cosine", warmup=6, start="zero"), 1.0, 60),
         ("cosine_min10", ScheduleConfig(kind="cosine", warmup=0.1, start="zero"), 1.0, 60),
+        ("cosine_min10", ScheduleConfig(warmup=6, start="zero", cycle=60), 1.0, 60),
         ("linear", ScheduleConfig(kind="linear", warmup=6, min_ratio=0.0, start="zero"), 1.0, 63),
         ("rex", ScheduleConfig(kind="rex", warmup=0, min_ratio=0.1), 0.01, 63),
     ],
@@ -30,6 +31,20 @@ def test_follows_the_recorded_schedule(
     """The linear and rex recordings go on for three updates after the last."""
     ours = [learning_rate(schedule, peak, update, TOTAL) for update in range(known)]
     assert ours == pytest.approx(ORACLE[name].tolist(), rel=0, abs=1e-12)  # both in float64
+
+
+def test_a_cycle_is_a_run_of_its_own() -> None:
+    cycle = ScheduleConfig(warmup=0.1, cycle=40)
+    alone = [learning_rate(ScheduleConfig(warmup=0.1), 1.0, u, 40) for u in range(40)]
+    assert [learning_rate(cycle, 1.0, u, 100) for u in range(100)] == [*alone, *alone, *alone[:20]]
+
+
+def test_the_papers_cosine_begins_every_further_cycle_with_two_steps_of_nearly_nothing() -> None:
+    cycle = ScheduleConfig(warmup=10, start="zero", cycle=40)
+    rates = [learning_rate(cycle, 2.0, u, 100) for u in range(90)]
+    assert rates[:3] == pytest.approx([0.0, 0.2, 0.4])
+    assert rates[40:43] == pytest.approx([2e-7, 2e-7, 0.4])
+    assert rates[42:80] == rates[2:40]
 
 
 def test_warm_up_wastes_no_update_and_reaches_the_peak_after_it() -> None:

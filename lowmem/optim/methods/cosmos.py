@@ -203,6 +203,6 @@ def _add_lifted(full: Tensor, low: Tensor, basis: Tensor, right: bool, alpha: fl
 
 SPEC = MethodSpec(
     cosmos,
-    {"any": {"lr": 2e-3, "rank": 64, "ratio": 0.2, "gamma": 0.2}},
+    {"any": {"lr": 2e-3, "weight_decay": 0.1, "rank": 64, "ratio": 0.2, "gamma": 0.2}},
     "recommendation of the released code, 2026; rank as in arXiv:2502.17410",
 )

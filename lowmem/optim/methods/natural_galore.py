@@ -276,7 +276,14 @@ class InNewBases(Projected):
 SPEC = MethodSpec(
     natural_galore,
     {
-        "60m": {"lr": 0.01, "rank": 128, "gap": 200, "scale": 0.25, "history": 20},
+        "60m": {
+            "lr": 0.01,
+            "weight_decay": 0.01,
+            "rank": 128,
+            "gap": 200,
+            "scale": 0.25,
+            "history": 20,
+        },
         "130m": {"lr": 0.01, "rank": 256, "gap": 200, "scale": 0.25, "history": 20},
         "350m": {"lr": 0.01, "rank": 256, "gap": 200, "scale": 0.25, "history": 20},
         "1b": {"lr": 0.01, "rank": 512, "gap": 200, "scale": 0.25, "history": 20},

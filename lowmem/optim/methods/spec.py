@@ -12,6 +12,9 @@ from pydantic import validate_call
 
 from lowmem.optim.method import ByRole
 
+SHEET_ONLY = ("lr", "weight_decay")
+"""Settings of a recipe in a sheet that are no arguments of its method."""
+
 RESERVED = ("method", "lr", "weight_decay", "rest", "options")
 """Settings of [optimizer] that never reach a method: no argument may have such a name."""
 
@@ -69,6 +72,10 @@ class MethodSpec:
         """The peak learning rate for a model of that size."""
         return float(self.recipe(parameters)["lr"])
 
+    def weight_decay(self, parameters: int) -> float:
+        """The decay for a model of that size; 0 where the sheet has none."""
+        return float(self.recipe(parameters).get("weight_decay", 0.0))
+
 
 def sheet_problem(sheet: object) -> str | None:
     """What makes an object unusable as a method's sheet, in words; None where nothing does."""
@@ -86,7 +93,7 @@ def sheet_problem(sheet: object) -> str | None:
             return f"its recipe {size!r} is for none of {', '.join(SIZES)} or any"
         if "lr" not in recipe:
             return f"its recipe {size!r} has no lr"
-        unknown = [key for key in recipe if key != "lr" and key not in sheet.arguments]
+        unknown = [key for key in recipe if key not in (*SHEET_ONLY, *sheet.arguments)]
         if unknown:
             return f"its recipe {size!r} sets {unknown[0]}, which its builder does not take"
     built = validate_call(sheet.build)()
