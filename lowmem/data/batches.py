@@ -43,6 +43,14 @@ class UpdateBatch:
         return hashlib.sha256(self.rows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
+def on_device(
+    micro_batches: list[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One micro-batch at a time; copied on the CPU too, so that it is counted like elsewhere."""
+    for inputs, targets in micro_batches:
+        yield inputs.to(device, copy=True), targets.to(device, copy=True)
+
+
 class Batches:
     """The order of training: update index -> rows."""
 

@@ -16,7 +16,7 @@ Weights change only in `apply` and `apply_rows`. Sums over micro-batches are flo
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,7 +51,11 @@ class Arriving:
 
 @dataclass
 class Slot:
-    """One parameter with its method, its state and what is kept of its gradient."""
+    """One parameter with its method, its state and what is kept of its gradient.
+
+    prepared: the update for which a state was last changed before the step, by a refresh in
+    backward or an estimate of the curvature; a repeated update does neither again.
+    """
 
     weight: Tensor | Any  # a GroupedWeight where one was added
     method: Method
@@ -59,13 +63,16 @@ class Slot:
     state: State
     kept: Tensor | None = None
     arriving: Arriving | None = None
+    prepared: int = -1
 
 
 @dataclass
 class Optimizer:
     """Updates named weights, each by its own method; `add` puts them in its charge.
 
-    seed: of the run, for stochastic rounding.
+    seed: of the run, for stochastic rounding. writing: a context around everything that changes
+    states or weights, in which an error leaves them half changed. moved: some weights have had
+    their step of this update, and others have not.
     """
 
     mode: UpdateMode
@@ -73,6 +80,8 @@ class Optimizer:
     slots: dict[str, Slot] = field(default_factory=dict)
     updates: int = 0  # begun so far, the present one included
     lr: float = 0.0
+    writing: Callable[[], AbstractContextManager[object]] = nullcontext
+    moved: bool = False
     _micro_batches: int = 1
     _squares: list[Tensor] = field(default_factory=list)
     _coefficient: Tensor | None = None
@@ -118,6 +127,7 @@ class Optimizer:
             raise ValueError(f"fused updates cannot accumulate {micro_batches} micro-batches")
         self.lr, self._micro_batches = lr, micro_batches
         self.updates += 1
+        self.moved = False
         self._squares.clear()
         self._coefficient = None
         for slot in self.slots.values():
@@ -136,8 +146,7 @@ class Optimizer:
             return
         if self.mode != "unfused":
             if slot.kept is None:  # the first micro-batch decides the subspace
-                with phase("refresh"):
-                    slot.method.refresh(grad, slot.state)
+                self.prepare(slot, lambda: slot.method.refresh(grad, slot.state))
             if self.mode == "fused":
                 self._squares.append(_square(grad))
         with phase("hold"):
@@ -176,6 +185,13 @@ class Optimizer:
             slot.arriving = None
             if arriving.whole is not None:
                 self.receive(name, arriving.whole)
+
+    def prepare(self, slot: Slot, change: Callable[[], None], name: str = "refresh") -> None:
+        """Change the state before the step, unless a repeated update has done so already."""
+        if slot.prepared != self.updates:
+            with phase(name), self.writing():
+                change()
+            slot.prepared = self.updates
 
     @contextmanager
     def holding(self, names: Collection[str]) -> Iterator[None]:
@@ -228,7 +244,8 @@ class Optimizer:
         slot = self.slots[name]
         kept, slot.kept = slot.kept, None
         assert kept is not None, f"{name} has received no gradient"
-        with phase("update"):
+        self.moved = True
+        with phase("update"), self.writing():
             if self._coefficient is not None:
                 kept.mul_(self._coefficient)
             if self.mode == "unfused":
@@ -245,7 +262,8 @@ class Optimizer:
         slot = self.slots[name]
         assert slot.arriving is not None
         assert isinstance(slot.method, ByRows)
-        with phase("update"):
+        self.moved = True
+        with phase("update"), self.writing():
             if start == 0:
                 slot.arriving.update = slot.method.row_update(rows, slot.state)
             update = slot.arriving.update
@@ -270,6 +288,7 @@ class Optimizer:
         for name, slot in self.slots.items():
             if slot.kept is not None:
                 self.apply(name)
+        self.moved = False
 
     def discard(self) -> None:
         """Drop what is kept, so that this update makes no step.
@@ -279,6 +298,20 @@ class Optimizer:
         """
         for slot in self.slots.values():
             slot.kept = None
+        self.moved = False
+
+    def rewind(self, updates: int) -> None:
+        """Back to so many updates, to before `begin`: nothing has moved, and it comes again.
+
+        What was prepared stays so: the first micro-batch would only give the same again.
+        """
+        assert not self.moved, "weights that have moved do not come back"
+        self.discard()
+        self.updates = updates
+
+    def prepared(self) -> list[str]:
+        """The weights whose states are already prepared for the update that comes next."""
+        return [name for name, slot in self.slots.items() if slot.prepared > self.updates]
 
     def diagnostics(self) -> dict[str, float]:
         """What methods note of themselves, over all weights: kept_bases summed, others averaged.

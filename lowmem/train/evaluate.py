@@ -1,7 +1,9 @@
 """Validation: the mean loss per target token, every token counted once."""
 
+import gc
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from lowmem.model.llama import Llama
 from lowmem.phases import phase
 from lowmem.train.checkpoint import ABOUT, model_folder
 from lowmem.train.events import perplexity
+from lowmem.train.retried import without_frames
 
 TOKENS_AT_ONCE = 4096  # per forward pass, where no plan says otherwise
 LONGEST = 1024  # sequence length of a folder that does not say how it was trained
@@ -32,25 +35,51 @@ class Evaluation:
 
 
 def evaluate(
-    model: Llama, stream: TokenStream, *, seq_len: int, tokens: int | None, rows: int | None = None
+    model: Llama,
+    stream: TokenStream,
+    *,
+    seq_len: int,
+    tokens: int | None,
+    rows: int | None = None,
+    fewer: Callable[[torch.OutOfMemoryError, int], int] | None = None,
 ) -> Evaluation:
     """Loss over the first `tokens` targets of a stream, all of them if None.
 
     Windows of seq_len tokens in order, the last one as long as it is; sums in float64. rows:
-    windows per forward pass.
+    windows per forward pass. fewer: asked for a smaller number of them where the device runs out
+    of memory, `halved` if nobody is; the loss is the same but for the order of the sums.
     """
     began = time.perf_counter()
     device = model.head_weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
-    rows = rows or max(1, TOKENS_AT_ONCE // seq_len)
-    for inputs, targets in validation_batches(stream, seq_len, rows, tokens):
-        with phase("evaluation"):
-            total += model.loss_sum(inputs.to(device), targets.to(device))
+    at_once = rows or max(1, TOKENS_AT_ONCE // seq_len)
+    for inputs, targets in validation_batches(stream, seq_len, at_once, tokens):
+        done = 0
+        while done < len(inputs):
+            part = slice(done, done + at_once)
+            try:
+                with phase("evaluation"):
+                    total += model.loss_sum(inputs[part].to(device), targets[part].to(device))
+            except torch.OutOfMemoryError as error:
+                failed = without_frames(error)
+            else:
+                done += at_once
+                continue
+            at_once = (fewer or halved)(failed, at_once)
         count += int((targets >= 0).sum())
     loss = total.item() / count
     seconds = time.perf_counter() - began
     return Evaluation(loss, perplexity(loss), count, seconds)
+
+
+def halved(failed: torch.OutOfMemoryError, rows: int) -> int:
+    """Half as many windows after garbage and cache are freed; the error where there was but one."""
+    if rows == 1:
+        raise failed
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used
+    return rows // 2
 
 
 def validation_of(corpus: Corpus) -> TokenStream:

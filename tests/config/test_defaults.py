@@ -219,6 +219,7 @@ def test_only_the_planner_is_left_with_choices() -> None:
         "train.logits",
         "train.clip",
         "train.ends",
+        "train.trial",
     }
 
 

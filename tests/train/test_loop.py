@@ -220,7 +220,9 @@ def test_running_out_of_memory_is_told(
         "the device ran out of memory although the plan fitted, "
         "backward of block 1, gradient of mlp.up"
     )
-    reason, head, *rows = error.why.splitlines()
+    reason, tried, saved, head, *rows = error.why.splitlines()
+    assert tried.startswith("tried: slices of vocabulary and weights are 4 times smaller")
+    assert saved == "no update was half made, and everything is saved"
     assert reason == "CUDA out of memory. Tried to allocate 2 GiB"
     assert head.split() == ["planned", "measured"]
     table = {name: rest.split("  ") for name, _, rest in (row.partition("  ") for row in rows)}
@@ -262,7 +264,7 @@ def test_a_card_that_fills_up_is_told_once(
     """By a device that says so: another program takes 20 GiB of a 24 GiB card."""
     full = DeviceReading(total=24 * GIB, free=2 * GIB, reserved=0)
     monkeypatch.setattr("lowmem.train.watch.EVERY", 2)
-    monkeypatch.setattr(Watch, "over", lambda plan, device: Watch(plan, lambda: full))
+    monkeypatch.setattr(Watch, "over", lambda plan, device, cap: Watch(plan, lambda: full, cap))
     run, events = planned_run(tiny_config(), tiny_corpus)
     (grown,) = [event for event in events if isinstance(event, Grown)]
     assert (grown.update, grown.whose) == (1, "others")
