@@ -178,15 +178,17 @@ class Ladder:
             if said is not None:
                 self._tell(*said, None)
 
-    def free(self) -> None:
+    def free(self, garbage: bool = True) -> None:
         """Let go of the ballast, of garbage and of what the allocator keeps."""
         self.cap.ballast = None
-        gc.collect()
+        if garbage:
+            gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
     def _free_for_call(self, failed: torch.OutOfMemoryError) -> None:
-        self.free()
-        if self._told != self.update:  # where memory is short many calls may fail
+        first = self._told != self.update  # where memory is short many calls may fail,
+        self.free(garbage=first)  # and garbage takes a tenth of a second to look for
+        if first:
             self._told = self.update
             self._tell("free", "memory freed, the call is made again", failed)
 

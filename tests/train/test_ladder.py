@@ -1,22 +1,30 @@
 """A run that meets the end of memory goes on, and comes to what it would have come to."""
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowmem.config.schema import Config
 from lowmem.data.shards import Corpus
 from lowmem.errors import OutOfMemoryError
 from lowmem.model.llama import Llama
 from lowmem.phases import current_phase
+from lowmem.planner.hardware import find_card
+from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors
+from lowmem.train import loop
+from lowmem.train.cap import Cap
 from lowmem.train.events import Eased, Event, Finished, Started, Trained
-from lowmem.train.loop import train
+from lowmem.train.ladder import Ladder
+from lowmem.train.loop import declared, train
 from lowmem.train.run import Run
+from lowmem.train.rungs import rungs_of
 from tests.train.faults import Faults
 
 MakeConfig = Callable[..., Config]
@@ -46,6 +54,20 @@ def start(ready_config: MakeConfig) -> Callable[..., Run]:
         return Run.create(config, None)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _the_host_has_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are cut where no card is asked for memory; and garbage is not looked for each time,
+    which would take most of the time of these tests."""
+    monkeypatch.setattr("lowmem.train.ladder.gc.collect", lambda: 0)
+    cut = loop._micro_batches
+
+    def without_faults(*arguments: Any) -> Any:
+        with _disable_current_modes():
+            return cut(*arguments)
+
+    monkeypatch.setattr(loop, "_micro_batches", without_faults)
 
 
 class Report(list[Event]):
@@ -262,3 +284,104 @@ def test_an_evaluation_that_does_not_fit_leaves_training_alone(
     require_close(small, plain, 1e-6)
     tensors, expected = content(small)[0], content(plain)[0]
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 1, "vocab_size": 400}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+SITES, APART = 160, 3  # operations that fail: of forward, loss, backward, receive and refresh
+EVERYWHERE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "galore-8bit": ("unfused", GALORE | {"min_8bit": 0}, {}),
+    "galore-8bit-subspace": ("fused+subspace", GALORE | {"min_8bit": 0}, {"clip": 0.5}),
+    "galore-8bit-fused": ("fused", GALORE | {"min_8bit": 0}, {}),
+    "adamw": ("unfused", {"method": "adamw", "rank": "auto"}, {"clip": 0.5}),
+    "apollo": ("fused+subspace", {"method": "apollo", "rank": 4, "gap": 3}, {}),
+    "frugal": ("fused+subspace", {"method": "frugal", "rank": "auto", "gap": 3}, {}),
+    "fira": ("fused+subspace", {"method": "fira", "rank": 4, "gap": 3}, {"recompute": "full"}),
+    "cosmos": ("fused", {"method": "cosmos", "rank": 4}, {"recompute": "attn"}),
+    "scale": ("fused", {"method": "scale", "rank": "auto"}, {"logits": "keep"}),
+    "sophia": ("unfused", {"method": "sophia", "rank": "auto"}, {}),
+    "adahessian": ("unfused", {"method": "adahessian", "rank": "auto"}, {}),
+    "q_galore-int8": ("fused+subspace", {"method": "q_galore", "rank": 4}, {"weights": "int8"}),
+    "apollo-int8": ("fused", {"method": "q_apollo", "rank": 4}, {"weights": "int8"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_every_operation_of_an_update_may_fail(
+    case: str, start: Callable[..., Run], tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third one of its gradients, in an update of its own; others in other cases."""
+    monkeypatch.setattr("lowmem.train.ladder.FREED_OFTEN", SITES)
+    mode, optimizer, train = EVERYWHERE[case]
+    first = 1 + list(EVERYWHERE).index(case) % APART
+    sections: dict[str, Any] = {
+        "model": SMALL,
+        "train": train | {"updates": SITES, "batch": "2seq", "micro_batch": 1 + (mode == "fused")},
+        "data": {"source": str(tiny_corpus.folder), "seq_len": 16},
+        "evaluate": {"tokens": 64, "every": 16},
+        "checkpoint": {"every": 97, "behind": True},
+        "guard": {"loss_z": "off", "norm_z": "off"},
+    }
+    plain, disturbed = (start(name, mode, optimizer, **sections) for name in ("plain", "disturbed"))
+    trained(plain, tiny_corpus)
+    report = trained(
+        disturbed,
+        tiny_corpus,
+        lambda report, number: number == first + APART * report.update and not report.in_this,
+    )
+    assert report.faults.raised > 0.95 * SITES
+    assert set(report.steps) == {"free"}
+    require_same(disturbed, plain)
+
+
+def test_smaller_micro_batches_are_taken_only_where_their_sums_leave_room(
+    tiny_config: MakeConfig,
+) -> None:
+    """Of an update in one micro-batch bf16 gradients are held, of one in two float32 sums."""
+    helps = {}
+    for seq_len in (8, 64):
+        config = tiny_config(
+            optimizer={"method": "adamw"},
+            data={"source": "sample", "seq_len": seq_len},
+            train={
+                "update": "unfused",
+                "micro_batch": 8,
+                "recompute": "full",
+                "logits": "recompute",
+                "weights": "bf16",
+            },
+        )
+        plan = make_plan(config, find_card("24GB", "cpu"), [])
+        model, optimizer = declared(plan.config, "meta")
+        ladder = Ladder(model, optimizer, rungs_of(plan.config), plan, Cap(), lambda event: None)
+        ladder.rungs["slices"] = 4
+        out = torch.OutOfMemoryError("CUDA out of memory")
+        helps[seq_len] = ladder._step_down(out)
+        assert ladder.rungs["micro_batch"] == (4 if helps[seq_len] else 8)
+    assert helps == {8: False, 64: True}
+
+
+def test_loading_and_initialising_go_on_behind_a_call_that_failed(
+    start: Callable[..., Run], tiny_corpus: Corpus
+) -> None:
+    int8 = {"weights": "int8"}
+    plain, disturbed = (start(name, "fused", None, train=int8) for name in ("plain", "disturbed"))
+    trained(plain, tiny_corpus)
+    half = disturbed.config.train.model_copy(update={"updates": 2})
+    for config in (disturbed.config.model_copy(update={"train": half}), disturbed.config):
+        report = Report(lambda report, number: False)
+        report.faults.wanted = lambda number: number % 29 == 1 and in_begin()
+        with report.faults:
+            train(Run(disturbed.folder, config), tiny_corpus, report)
+        assert report.faults.raised
+    require_same(disturbed, plain)
+
+
+def in_begin() -> bool:
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        if frame.f_code is loop._begin.__code__:
+            return True
+        frame = frame.f_back
+    return False

@@ -17,7 +17,7 @@ from lowmem.model.llama import Llama
 from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors
-from lowmem.train.events import Evaluated, Event, Finished, Grown, Measured, Started
+from lowmem.train.events import Eased, Evaluated, Event, Finished, Grown, Measured, Started
 from lowmem.train.loop import build, train
 from lowmem.train.run import Run
 from lowmem.train.schedule import learning_rate
@@ -268,5 +268,10 @@ def test_a_card_that_fills_up_is_told_once(
     run, events = planned_run(tiny_config(), tiny_corpus)
     (grown,) = [event for event in events if isinstance(event, Grown)]
     assert (grown.update, grown.whose) == (1, "others")
+    eased = [event for event in events if isinstance(event, Eased)]
+    assert [(event.update, event.step, event.where) for event in eased] == [
+        (1, "slices", ""),  # before anything has failed
+        (1, "recompute", ""),
+    ]
     lines = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
     assert [line["whose"] for line in lines if line["event"] == "grown"] == ["others"]
