@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 
 from lowmem.train.events import (
     Assigned,
+    Capped,
     Continued,
     Converted,
     Diagnosed,
+    Eased,
     Evaluated,
     Event,
     Finished,
@@ -21,6 +23,7 @@ from lowmem.train.events import (
     Stopping,
     Storage,
     Trained,
+    Tried,
     perplexity,
 )
 from lowmem.units import GIB, format_bytes, format_count, format_seconds
@@ -87,6 +90,13 @@ class EventLines:
                 return list(_measured(event, self._parts))
             case Grown():
                 return [_grown(event)]
+            case Capped():
+                return [_capped(event)]
+            case Tried():
+                took = format_seconds(event.seconds)
+                return [f"{'':>8} an update of random text, refresh and all, fits: {took}"]
+            case Eased():
+                return list(_eased(event))
             case Skipped():
                 return list(_skipped(event))
             case RolledBack():
@@ -100,7 +110,8 @@ class EventLines:
             case Stopping():
                 return [f"{'':>8} {event.signal}: the run stops after this update"]
             case Finished():
-                return [f"{event.update:>8} updates done, {format_seconds(event.seconds)}"]
+                done = f"{event.update:>8} updates done, {format_seconds(event.seconds)}"
+                return [done, *(f"{'':>8} for want of memory: {said}" for said in event.eased)]
 
     def _started(self, event: Started) -> list[str]:
         self._updates = event.updates
@@ -191,6 +202,18 @@ def _grown(event: Grown) -> str:
         return f"{event.update + 1:>8} warning: {why}; the run may not fit for long"
     why = f"this run has reserved {measured}, the plan said {planned}"
     return f"{event.update + 1:>8} warning: {why}; please report this as a bug"
+
+
+def _capped(event: Capped) -> str:
+    budget, ballast = format_bytes(event.budget), format_bytes(event.ballast)
+    return f"{'':>8} capped at {budget}, the budget on {event.card}; {ballast} of its margin spare"
+
+
+def _eased(event: Eased) -> Iterator[str]:
+    why = f"out of memory, {event.where}" if event.where else "others have grown beyond the margin"
+    yield f"{event.update + 1:>8} {why}: {event.said}"
+    if event.reason:
+        yield f"{'':>8}   {event.reason}"
 
 
 def _storage(event: Storage) -> Iterator[str]:

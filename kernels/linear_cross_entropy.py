@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.grouped_weight import Weight, float_rows
-from lowmem.kernels.slices import pieces, slice_elements
+from lowmem.kernels.slices import divided, pieces, slice_elements
 from lowmem.phases import phase
 
 SLICE_ROWS = 4096
@@ -110,7 +110,7 @@ def cross_entropy_backward(
 def row_slices(rows: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of slices of a matrix with a row per token of the vocabulary."""
     # All of them, on meta too: kept logits add up, and every gradient row must arrive.
-    return pieces(rows, SLICE_ROWS, False)
+    return pieces(rows, divided(SLICE_ROWS), False)
 
 
 def _token_pieces(logits: Tensor) -> Iterator[slice]:

@@ -51,6 +51,12 @@ def in_words(keep: int, attn: int, blocks: int) -> str:
     return f"keep:{keep}," + (f"attn:{attn}," if attn else "") + "full"
 
 
+def one_level_down(recompute: str, blocks: int) -> str:
+    """Every block but the last keeps less: keep becomes attn, attn becomes full."""
+    levels = levels_of(recompute, blocks)[:-1]
+    return in_words(1, levels.count("keep"), blocks)
+
+
 def checked(recompute: str) -> str:
     """`recompute` without blanks, if any model could have it. ValueError otherwise."""
     plain = recompute.replace(" ", "")

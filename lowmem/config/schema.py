@@ -297,6 +297,11 @@ class TrainConfig(Section):
         default=0, description="of weights, data order and rounding"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    trial: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="one update of random text before a run begins, to see that it fits; "
+        "auto: on a card",
+    )
 
     @field_validator("batch")
     @classmethod

@@ -64,6 +64,14 @@ class UpdateBatch:
         return hashlib.sha256(self.rows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
+def on_device(
+    micro_batches: list[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One micro-batch at a time; copied on the CPU too, so that it is counted like elsewhere."""
+    for inputs, targets in micro_batches:
+        yield inputs.to(device, copy=True), targets.to(device, copy=True)
+
+
 class TrainingOrder(Protocol):
     """Update index -> rows: of packed text (`Batches`), or of documents (`documents.py`)."""
 

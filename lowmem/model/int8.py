@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels.grouped_weight import GroupedWeight
-from lowmem.kernels.slices import row_slices
+from lowmem.kernels.slices import divided, row_slices
 
 GROUP = 128  # elements that share a scale and a zero point
 SLICE_ELEMENTS = 2**24  # of full precision at a time: 32 MiB in bf16
@@ -91,7 +91,7 @@ class Int8Linear(nn.Module):
             total.addmm_(grad[:, start:stop], self._rows(start, stop))
 
     def _slices(self) -> Iterator[tuple[int, int]]:
-        return row_slices(self.codes, GROUP, SLICE_ELEMENTS)
+        return row_slices(self.codes, GROUP, divided(SLICE_ELEMENTS))
 
     def _rows(self, start: int, stop: int) -> Tensor:
         return self.weight.rows(start, stop).values(self.dtype)

@@ -33,7 +33,7 @@ from lowmem.kernels.slices import flat_slices
 from lowmem.naming import seed_of
 from lowmem.optim.formats import State, number
 from lowmem.optim.method import Curvature, Dense, Needs
-from lowmem.optim.optimizer import Optimizer, Slot
+from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.rules import Rule
 from lowmem.phases import phase
 
@@ -90,7 +90,9 @@ def weights_due(optimizer: Optimizer) -> dict[str, Curved]:
     return {
         name: slot.method
         for name, slot in optimizer.slots.items()
-        if isinstance(slot.method, Curved) and slot.method.due(slot.state)
+        if isinstance(slot.method, Curved)
+        and slot.method.due(slot.state)
+        and slot.prepared != optimizer.updates  # by an update that is now repeated
     }
 
 
@@ -127,7 +129,7 @@ def _gauss_newton(
             seed = seed_of(optimizer.seed, f"targets/{index}", optimizer.updates)
             model.drawn_loss(inputs, targets, tokens, seed).backward()
     for name in names:
-        _hand(optimizer.slots[name], lambda piece, at: piece.square_().mul_(tokens))
+        _hand(optimizer, name, lambda piece, at: piece.square_().mul_(tokens))
 
 
 def _hutchinson(
@@ -156,7 +158,7 @@ def _hutchinson(
         for name, weight in weights.items():
             weight.copy_(saved.pop(name))
     for name in names:
-        _hand(optimizer.slots[name], partial(_diagonal, seed=seeds[name], distance=distance))
+        _hand(optimizer, name, partial(_diagonal, seed=seeds[name], distance=distance))
 
 
 def _require_movable(weights: Mapping[str, Tensor | GroupedWeight]) -> None:
@@ -201,8 +203,9 @@ def _diagonal(difference: Tensor, at: slice, *, seed: int, distance: Tensor) -> 
     return difference.mul_(_signs(difference, at, seed)).div_(2 * distance)
 
 
-def _hand(slot: Slot, finished: Callable[[Tensor, slice], Tensor]) -> None:
+def _hand(optimizer: Optimizer, name: str, finished: Callable[[Tensor, slice], Tensor]) -> None:
     """The held sum becomes the estimate of this weight, piece by piece."""
+    slot = optimizer.slots[name]
     kept, slot.kept = slot.kept, None
     assert isinstance(kept, Tensor), "a weight has received no gradient"
     assert isinstance(slot.method, Curved)
@@ -212,5 +215,5 @@ def _hand(slot: Slot, finished: Callable[[Tensor, slice], Tensor]) -> None:
         (at, finished(flat[at].float(), at).nan_to_num_(0.0, 0.0, 0.0))
         for at in flat_slices(flat)
     )
-    with phase("update"), torch.no_grad():
-        slot.method.rule.curve(estimate, slot.state)
+    with torch.no_grad():
+        optimizer.prepare(slot, partial(slot.method.rule.curve, estimate, slot.state), "update")

@@ -17,7 +17,7 @@ Weights change only in `apply` and `apply_rows`. Sums over micro-batches are flo
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,7 +55,9 @@ class Arriving:
 class Slot:
     """One parameter with its method, its state and what is kept of its gradient.
 
-    summed: micro-batches that are in `kept`.
+    summed: micro-batches that are in `kept`. prepared: the update for which a state was last
+    changed before the step, by a refresh in backward or an estimate of the curvature; a repeated
+    update does neither again.
     """
 
     weight: Tensor | Any  # a GroupedWeight where one was added
@@ -65,6 +67,7 @@ class Slot:
     kept: Held | None = None
     arriving: Arriving | None = None
     summed: int = 0
+    prepared: int = -1
 
 
 @dataclass
@@ -72,7 +75,9 @@ class Optimizer:
     """Updates named weights, each by its own method; `add` puts them in its charge.
 
     seed: of the run, for stochastic rounding. sums: the format of sums over micro-batches. staging:
-    what host sums need on the device.
+    what host sums need on the device. writing: a context around everything that changes states or
+    weights, in which an error leaves them half changed. moved: some weights have had their step of
+    this update, and others have not.
     """
 
     mode: UpdateMode
@@ -82,6 +87,8 @@ class Optimizer:
     lr: float = 0.0
     sums: SumFormat = "fp32"
     staging: Staging | None = None
+    writing: Callable[[], AbstractContextManager[object]] = nullcontext
+    moved: bool = False
     _micro_batches: int = 1
     _squares: list[Tensor] = field(default_factory=list)
     _coefficient: Tensor | None = None
@@ -130,6 +137,7 @@ class Optimizer:
             raise ValueError(f"fused updates cannot accumulate {micro_batches} micro-batches")
         self.lr, self._micro_batches = lr, micro_batches
         self.updates += 1
+        self.moved = False
         self._squares.clear()
         self._coefficient = None
         for slot in self.slots.values():
@@ -148,8 +156,7 @@ class Optimizer:
             return
         if self.mode != "unfused":
             if slot.kept is None:  # the first micro-batch decides the subspace
-                with phase("refresh"):
-                    slot.method.refresh(grad, slot.state)
+                self.prepare(slot, lambda: slot.method.refresh(grad, slot.state))
             if self.mode == "fused":
                 self._squares.append(square(grad))
         with phase("hold"):
@@ -188,6 +195,13 @@ class Optimizer:
             slot.arriving = None
             if arriving.whole is not None:
                 self.receive(name, arriving.whole)
+
+    def prepare(self, slot: Slot, change: Callable[[], None], name: str = "refresh") -> None:
+        """Change the state before the step, unless a repeated update has done so already."""
+        if slot.prepared != self.updates:
+            with phase(name), self.writing():
+                change()
+            slot.prepared = self.updates
 
     @contextmanager
     def holding(self, names: Collection[str]) -> Iterator[None]:
@@ -269,7 +283,8 @@ class Optimizer:
         slot = self.slots[name]
         kept, slot.kept = slot.kept, None
         assert kept is not None, f"{name} has received no gradient"
-        with phase("update"):
+        self.moved = True
+        with phase("update"), self.writing():
             if not isinstance(kept, Tensor):
                 if _goes_by_rows(slot.method):
                     self._apply_sum_by_rows(name, kept)
@@ -303,7 +318,8 @@ class Optimizer:
         slot = self.slots[name]
         assert slot.arriving is not None
         assert isinstance(slot.method, ByRows)
-        with phase("update"):
+        self.moved = True
+        with phase("update"), self.writing():
             if start == 0:
                 slot.arriving.update = slot.method.row_update(rows, slot.state)
             update = slot.arriving.update
@@ -328,6 +344,7 @@ class Optimizer:
         for name, slot in self.slots.items():
             if slot.kept is not None:
                 self.apply(name)
+        self.moved = False
 
     def discard(self) -> None:
         """Drop what is kept, so that this update makes no step.
@@ -337,6 +354,20 @@ class Optimizer:
         """
         for slot in self.slots.values():
             slot.kept = None
+        self.moved = False
+
+    def rewind(self, updates: int) -> None:
+        """Back to so many updates, to before `begin`: nothing has moved, and it comes again.
+
+        What was prepared stays so: the first micro-batch would only give the same again.
+        """
+        assert not self.moved, "weights that have moved do not come back"
+        self.discard()
+        self.updates = updates
+
+    def prepared(self) -> list[str]:
+        """The weights whose states are already prepared for the update that comes next."""
+        return [name for name, slot in self.slots.items() if slot.prepared > self.updates]
 
     def diagnostics(self) -> dict[str, float]:
         """What methods note of themselves, over all weights: kept_bases summed, others averaged.

@@ -46,6 +46,7 @@ from lowmem.train.divergence import Memory
 from lowmem.train.events import Converted
 from lowmem.train.retention import superseded
 from lowmem.train.run import MANIFEST, REPLACED, Run, complete_in, update_of
+from lowmem.train.rungs import Rungs
 from lowmem.train.snapshot import Position, Snapshot, TensorFile
 
 SCHEMA_VERSION = 1
@@ -316,6 +317,7 @@ class _Best(TypedDict):
 class _Carried(TypedDict, total=False):
     guard: Memory
     best: _Best | None
+    ladder: Rungs
 
 
 _CARRIED = TypeAdapter(_Carried)

@@ -5,13 +5,16 @@ means of batches, so a token of a short document counts more, and divide the sum
 N + 1, so that their perplexity is too low: by 2 % for the 180 batches of 60M and 130M.
 """
 
+import gc
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowmem.config.schema import EvaluateConfig, Protocol
 from lowmem.data.batches import validation_batches
@@ -23,9 +26,14 @@ from lowmem.model.llama import Llama
 from lowmem.phases import phase
 from lowmem.train.checkpoint import ABOUT, model_folder
 from lowmem.train.events import perplexity
+from lowmem.train.retried import without_frames
 
 TOKENS_AT_ONCE = 4096  # per forward pass, where no plan says otherwise
 LONGEST = 1024  # sequence length of a folder that does not say how it was trained
+
+
+Fewer = Callable[[torch.OutOfMemoryError, int], int]
+"""Asked for a smaller number of windows at a time, after an error with this one."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +53,27 @@ class Evaluation:
 
 
 def evaluate(
-    model: Llama, stream: TokenStream, *, seq_len: int, tokens: int | None, rows: int | None = None
+    model: Llama,
+    stream: TokenStream,
+    *,
+    seq_len: int,
+    tokens: int | None,
+    rows: int | None = None,
+    fewer: Fewer | None = None,
 ) -> Evaluation:
     """Loss over the first `tokens` targets of a stream, all of them if None.
 
     Windows of seq_len tokens in order, the last one as long as it is; sums in float64. rows:
-    windows per forward pass.
+    windows per forward pass. fewer: asked for a smaller number of them where the device runs out
+    of memory, `halved` if nobody is; the loss is the same but for the order of the sums.
     """
     began = time.perf_counter()
     device = model.head_weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
-    rows = rows or max(1, TOKENS_AT_ONCE // seq_len)
-    for inputs, targets in validation_batches(stream, seq_len, rows, tokens):
-        with phase("evaluation"):
-            total += model.loss_sum(inputs.to(device), targets.to(device))
+    at_once = rows or max(1, TOKENS_AT_ONCE // seq_len)
+    for inputs, targets in validation_batches(stream, seq_len, at_once, tokens):
+        at_once = _add_losses(total, model, inputs, targets, at_once, fewer)
         count += int((targets >= 0).sum())
     loss = total.item() / count
     seconds = time.perf_counter() - began
@@ -75,13 +89,21 @@ def evaluate_as(
     seq_len: int,
     tokens: int | None,
     rows: int | None = None,
+    fewer: Fewer | None = None,
 ) -> Evaluation:
     """`evaluate`, or the papers' evaluation in their batches."""
     if protocol == "lowmem":
-        return evaluate(model, stream, seq_len=seq_len, tokens=tokens, rows=rows)
+        return evaluate(model, stream, seq_len=seq_len, tokens=tokens, rows=rows, fewer=fewer)
     batch, gpus = batches.batch, batches.gpus
     return evaluate_documents(
-        model, stream, seq_len=seq_len, tokens=tokens, batch=batch, gpus=gpus, rows=rows
+        model,
+        stream,
+        seq_len=seq_len,
+        tokens=tokens,
+        batch=batch,
+        gpus=gpus,
+        rows=rows,
+        fewer=fewer,
     )
 
 
@@ -94,11 +116,12 @@ def evaluate_documents(
     batch: int,
     gpus: int,
     rows: int | None = None,
+    fewer: Fewer | None = None,
 ) -> Evaluation:
     """The papers' evaluation until more than `tokens` that are no padding are seen; None: all.
 
     batch: documents whose mean loss counts once. gpus: how many batches are taken at a time. rows:
-    documents per forward pass.
+    documents per forward pass. fewer: as for `evaluate`.
 
     Source: `evaluate_model` of GaLore's released trainer, arXiv:2403.03507: its counter of batches
     begins at 1.
@@ -108,13 +131,12 @@ def evaluate_documents(
     total = torch.zeros((), dtype=torch.float64, device=device)
     means = torch.zeros_like(total)
     count = steps = 0
-    rows = rows or max(1, TOKENS_AT_ONCE // seq_len)
+    at_once = rows = rows or max(1, TOKENS_AT_ONCE // seq_len)
     for step in evaluation_steps(stream, seq_len, batch, gpus, tokens):
         for one in step:
             summed = torch.zeros_like(total)
             for inputs, targets in one.rows.micro_batches(rows):
-                with phase("evaluation"):
-                    summed += model.loss_sum(inputs.to(device), targets.to(device))
+                at_once = _add_losses(summed, model, inputs, targets, at_once, fewer)
             total += summed
             means += summed / (one.rows.tokens * len(step))
             count += one.rows.tokens
@@ -131,6 +153,40 @@ def evaluate_documents(
         perplexity(published),
         steps,
     )
+
+
+def _add_losses(
+    total: Tensor,
+    model: Llama,
+    inputs: Tensor,
+    targets: Tensor,
+    at_once: int,
+    fewer: Fewer | None,
+) -> int:
+    """Add the losses of these windows, so many at once; how many fitted at once in the end."""
+    done = 0
+    while done < len(inputs):
+        part = slice(done, done + at_once)
+        try:
+            with phase("evaluation"):
+                loss = model.loss_sum(inputs[part].to(total.device), targets[part].to(total.device))
+                total += loss
+        except torch.OutOfMemoryError as error:
+            failed = without_frames(error)
+        else:
+            done += at_once
+            continue
+        at_once = (fewer or halved)(failed, at_once)
+    return at_once
+
+
+def halved(failed: torch.OutOfMemoryError, rows: int) -> int:
+    """Half as many windows after garbage and cache are freed; the error where there was but one."""
+    if rows == 1:
+        raise failed
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used
+    return rows // 2
 
 
 def validation_of(corpus: Corpus) -> TokenStream:

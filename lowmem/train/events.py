@@ -181,6 +181,37 @@ class Grown:
 
 
 @dataclass(frozen=True)
+class Capped:
+    """What our allocator may reserve, in bytes: `budget` of the plan and the ballast beyond it."""
+
+    budget: int
+    ballast: int
+    card: str
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An update of random text went through before the run began."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Eased:
+    """The device ran out of memory in `update` (0-based), and the run goes on by other means.
+
+    step: free, slices, logits, recompute, micro-batch or evaluation; said: what it does. where: the
+    phase, and reason: PyTorch's word for it; both empty where a step was taken ahead of an error.
+    """
+
+    update: int
+    step: str
+    said: str
+    where: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class ConvertedPart:
     """A part of a checkpoint that was taken over. error: relative, by norm; of what is rounded."""
 
@@ -207,7 +238,7 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a run."""
+    """The end of a run. eased: what it did where memory ran out, in the order of the steps."""
 
     update: int
     eval_loss: float
@@ -216,6 +247,7 @@ class Finished:
     seconds: float
     checkpoint: str
     published_loss: float | None = None  # of the last evaluation, as in Evaluated
+    eased: list[str] = field(default_factory=list)
 
 
 Metric = Trained | Evaluated | Diagnosed
@@ -227,6 +259,9 @@ Event = (
     | Saved
     | Measured
     | Grown
+    | Capped
+    | Tried
+    | Eased
     | Skipped
     | RolledBack
     | Paused

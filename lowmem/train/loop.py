@@ -1,11 +1,12 @@
 """The training loop, whole: what happens in an update stands in `train`."""
 
+import gc
 import math
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, WeightFormat, settled
-from lowmem.data.batches import Batches, TrainingOrder, UpdateBatch
+from lowmem.data.batches import Batches, TrainingOrder, UpdateBatch, on_device
 from lowmem.data.documents import DocumentBatches
 from lowmem.data.shards import Corpus, TokenStream
 from lowmem.errors import DataError, DivergedError, HardwareError, Stopped
@@ -24,9 +25,12 @@ from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
+from lowmem.phases import phase
 from lowmem.planner.hardware import available_memory
 from lowmem.planner.plan import Plan
 from lowmem.train import checkpoint, diagnose
+from lowmem.train.cap import BALLAST, Cap, capped
+from lowmem.train.convert import settings_of
 from lowmem.train.disk import Patience, most_at_once, require_room
 from lowmem.train.divergence import (
     LEFT_OUT,
@@ -38,6 +42,7 @@ from lowmem.train.divergence import (
 )
 from lowmem.train.evaluate import evaluate_as, validation_of
 from lowmem.train.events import (
+    Capped,
     Continued,
     Evaluated,
     Finished,
@@ -49,15 +54,19 @@ from lowmem.train.events import (
     Stopping,
     Storage,
     Trained,
+    Tried,
 )
 from lowmem.train.guard import StopRequest, stop_requests, told_out_of_memory
+from lowmem.train.ladder import Ladder
 from lowmem.train.lock import held
 from lowmem.train.measure import measured_peak, memory_bytes
 from lowmem.train.out_of_memory import out_of_memory_table
 from lowmem.train.run import Run, update_of
+from lowmem.train.rungs import Rungs, rungs_of, standing_on
 from lowmem.train.saver import Saver, host_copy_of
 from lowmem.train.schedule import learning_rate
 from lowmem.train.snapshot import Position, Snapshot
+from lowmem.train.trial import is_wanted, try_out
 from lowmem.train.watch import Watch
 from lowmem.units import format_bytes
 
@@ -75,20 +84,42 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
     batches, validation = text_of(run.config, corpus)
     planned = plan or run.plan()
     _require_host_memory(planned)
-    with held(run.folder), stop_requests(run.folder) as stop, told_out_of_memory():
+    device = run.config.train.device
+    with (
+        held(run.folder),
+        stop_requests(run.folder) as stop,
+        told_out_of_memory(),
+        capped(planned, device, BALLAST) as cap,
+    ):
         checkpoint.tidy(run)
         disk = Patience(run, report, stop)
-        watch = Watch.over(planned, run.config.train.device)
-        storage = _storage(run)
-        task = _Task(run, corpus, batches, validation, plan, planned, watch, stop, disk, storage)
+        watch = Watch.over(planned, device, cap)
+        task = _Task(
+            run,
+            corpus,
+            batches,
+            validation,
+            plan,
+            planned,
+            watch,
+            stop,
+            disk,
+            _storage(run),
+            cap,
+            rungs_of(run.config),
+        )
+        if planned is not None and cap.bytes is not None:
+            disk.record(Capped(planned.card.usable_bytes, BALLAST, planned.card.name))
         start, back = run.latest() if run.has_checkpoint else None, None
+        if is_wanted(run.config):
+            disk.record(_tried(task, start))
         while True:
             reached = _train_from(task, start, back)
             if isinstance(reached, Position):
                 break
             back, start = reached, checkpoint.newest_until(run, reached.first)
             disk.record(_rolled_back(run, start, back))
-        finished = _finished(run, validation, reached, time.perf_counter() - began)
+        finished = _finished(task, reached, time.perf_counter() - began)
         disk.record(finished)
     return finished
 
@@ -97,7 +128,8 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
 class _Task:
     """What stays the same however often a run goes back to an earlier checkpoint.
 
-    plan: to compare with the first update. planned: also when the run goes on.
+    plan: to compare with the first update. planned: also when the run goes on. rungs, eased: how
+    far it came down where memory ran out, and what was done.
     """
 
     run: Run
@@ -110,6 +142,9 @@ class _Task:
     stop: StopRequest
     disk: Patience
     storage: Storage
+    cap: Cap
+    rungs: Rungs
+    eased: list[str] = field(default_factory=list)
 
 
 def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Position | RollBack:
@@ -119,13 +154,14 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
     """
     batches, report, stop, config = task.batches, task.disk.record, task.stop, task.run.config
     model, optimizer = build(config)
-    at = _begin(task, start, model, optimizer)
+    ladder = Ladder(model, optimizer, task.rungs, task.planned, task.cap, report, task.eased)
+    with ladder.calls():
+        at = _begin(task, start, ladder)
     run = replace(task.run, start=None)  # from here on the newest checkpoint is the one to name
     guard, best = Guard.of(config.guard, at.carried.get("guard")), at.carried.get("best")
     if back is not None:
         guard.rolled_back(back)
     begun, updates = at.update, settled(config.train.updates)
-    rows = settled(config.train.micro_batch)
     clip = config.train.clip if isinstance(config.train.clip, float) else None
     report(_started(run, batches, at))
     if back is None:
@@ -133,12 +169,21 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
         report(diagnose.assigned(optimizer, model.roles()))
 
     def snapshot() -> Snapshot:
-        now = replace(at, carried={"guard": guard.state(), "best": best})
+        carried = {"guard": guard.state(), "best": best} | ladder.carried()
+        now = replace(at, carried=carried)
         return checkpoint.capture(run, model, optimizer, batches, task.corpus, now)
 
-    explained = partial(out_of_memory_table, task.planned, model, optimizer)
+    def explained() -> tuple[str, str]:
+        table, helps = out_of_memory_table(task.planned, model, optimizer)
+        return f"{ladder.told()}\n{table}", helps
+
     behind = task.storage.host_copy > 0
-    with told_out_of_memory(explained), Saver(run, task.disk, behind=behind) as saver:
+    with (
+        told_out_of_memory(explained),
+        Saver(run, task.disk, behind=behind) as saver,
+        ladder,
+        ladder.saved_at_the_end(lambda: _save_now(saver, snapshot)),
+    ):
         saver.prepare(snapshot)
         for update in range(at.update, updates):
             if stop and update == begun:
@@ -149,18 +194,13 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
             else:
                 started = time.perf_counter()
                 batch = batches.of(update)
-                micro_batches = list(batch.micro_batches(rows))
                 lr = learning_rate(config.schedule, settled(config.optimizer.lr), update, updates)
                 first = task.plan if update == 0 else None
+                cut = cache(partial(_micro_batches, batch))
+                cut(ladder.rungs["micro_batch"])  # before anything is measured
                 with measured_peak(model, optimizer, first, report):
-                    loss, norm = gather(
-                        model,
-                        optimizer,
-                        MadeAnew(partial(on_device, micro_batches, model.head_weight.device)),
-                        count=len(micro_batches),
-                        tokens=batch.tokens,
-                        lr=lr,
-                        clip=clip,
+                    loss, norm = ladder.gathered(
+                        update, partial(_gradients, model, optimizer, batch.tokens, cut, lr, clip)
                     )
                     trouble = guard.trouble(loss.item(), norm.item())
                     if trouble is None:
@@ -180,17 +220,22 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
                         case "give up":
                             saver.finish()
                             raise _given_up(run, update, trouble, optimizer.mode, guard)
+            if update == begun:
+                task.cap.take_ballast()  # what the first update took has been measured
             for grown in task.watch.after(update):
                 report(grown)
+                if grown.whose == "others":
+                    ladder.ahead()
             saver.check()
             evaluating = _due(config.evaluate.every, at.update, updates)
             saving = _saving_due(config, at.update, updates) or stop.save_asked()
             if evaluating or at.update % diagnose.EVERY == 0:
-                figures = diagnose.diagnosed(update, optimizer)
+                with ladder.calls():
+                    figures = diagnose.diagnosed(update, optimizer)
                 if figures is not None:
                     report(figures)
             if evaluating:
-                evaluated = _evaluated(update, model, task.validation, config)
+                evaluated = _evaluated(update, ladder, task.validation, config)
                 report(evaluated)
                 if best is None or evaluated.eval_loss < best["loss"]:
                     best = {"update": at.update, "loss": evaluated.eval_loss}
@@ -200,7 +245,8 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
             if stopping:
                 report(Stopping(str(stop.signal)))
             if saving or stopping:
-                saver.save(snapshot)
+                with ladder.calls():
+                    saver.save(snapshot)
             if stopping:
                 saver.finish()
                 raise _stopped(run, str(stop.signal), at.update)
@@ -326,9 +372,27 @@ def _storage(run: Run) -> Storage:
     return Storage(size, most_at_once(config), free, copy, why)
 
 
-def _begin(task: _Task, start: Path | None, model: Llama, optimizer: Optimizer) -> Position:
+def _tried(task: _Task, start: Path | None) -> Tried:
+    """The trial, with a model of its own, which is gone afterwards: nothing has changed."""
+    began = time.perf_counter()
+    config, rungs = task.run.config, task.rungs
+    if start is not None:
+        state = checkpoint.read_state(start)
+        if state.get("settings") == settings_of(config):
+            rungs = state["carried"].get("ladder", rungs)
+    model, optimizer = build(config)
+    explained = partial(out_of_memory_table, task.planned, model, optimizer)
+    with told_out_of_memory(explained), phase("trial before the run"), standing_on(rungs, model):
+        try_out(config, model, optimizer, rungs["micro_batch"], task.run.folder)
+    del model, optimizer, explained
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used
+    return Tried(time.perf_counter() - began)
+
+
+def _begin(task: _Task, start: Path | None, ladder: Ladder) -> Position:
     """New weights, or those of the checkpoint; metrics that it does not know are dropped."""
-    run, at = task.run, Position()
+    run, at, model, optimizer = task.run, Position(), ladder.model, ladder.optimizer
     if start is None:
         model.initialise(run.config.train.seed)
     else:
@@ -340,12 +404,45 @@ def _begin(task: _Task, start: Path | None, model: Llama, optimizer: Optimizer) 
             task.corpus,
             run.config if run.was_changed else None,
         )
-        if converted is not None:
+        if converted is None:
+            ladder.resume(at.carried.get("ladder"))
+        else:  # with settings of its own, which were planned anew
             task.disk.record(converted)
         # What came after an earlier checkpoint is abandoned.
         task.disk.until_done("the name of the checkpoint", partial(run.point_at, start.name))
     task.disk.until_done("the metrics", partial(run.forget_after, at.update))
     return at
+
+
+def _micro_batches(batch: UpdateBatch, rows: int) -> list[tuple[Tensor, Tensor]]:
+    return list(batch.micro_batches(rows))
+
+
+def _gradients(
+    model: Llama,
+    optimizer: Optimizer,
+    tokens: int,
+    cut: Callable[[int], list[tuple[Tensor, Tensor]]],
+    lr: float,
+    clip: float | None,
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    """(loss, norm) of an update of so many tokens, in the micro-batches that `cut(rows)` gives."""
+    micro_batches = cut(rows)
+    return gather(
+        model,
+        optimizer,
+        MadeAnew(partial(on_device, micro_batches, model.head_weight.device)),
+        count=len(micro_batches),
+        tokens=tokens,
+        lr=lr,
+        clip=clip,
+    )
+
+
+def _save_now(saver: Saver, snapshot: Callable[[], Snapshot]) -> None:
+    saver.save(snapshot)
+    saver.finish()
 
 
 def _saving_due(config: Config, done: int, updates: int) -> bool:
@@ -386,14 +483,6 @@ def _started(run: Run, batches: TrainingOrder, at: Position) -> Started:
     return Started(at.update, updates, batches.of(0).tokens, str(run.folder), resumed)
 
 
-def on_device(
-    micro_batches: list[tuple[Tensor, Tensor]], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One micro-batch at a time; copied on the CPU too, so that it is counted like elsewhere."""
-    for inputs, targets in micro_batches:
-        yield inputs.to(device, copy=True), targets.to(device, copy=True)
-
-
 def _due(every: int | str, done: int, updates: int) -> bool:
     """Every so many updates, and at the end; 0 is only at the end."""
     interval = settled(every)
@@ -423,16 +512,18 @@ def _trained(
     )
 
 
-def _evaluated(update: int, model: Llama, validation: TokenStream, config: Config) -> Evaluated:
-    result = evaluate_as(
-        config.data.protocol,
-        model,
-        validation,
-        config.evaluate,
-        seq_len=settled(config.data.seq_len),
-        tokens=settled(config.evaluate.tokens),
-        rows=settled(config.train.micro_batch),  # as rehearsed
-    )
+def _evaluated(update: int, ladder: Ladder, validation: TokenStream, config: Config) -> Evaluated:
+    with ladder.calls():
+        result = evaluate_as(
+            config.data.protocol,
+            ladder.model,
+            validation,
+            config.evaluate,
+            seq_len=settled(config.data.seq_len),
+            tokens=settled(config.evaluate.tokens),
+            rows=ladder.rungs["evaluation"],  # the training's micro-batch, as rehearsed
+            fewer=ladder.evaluation_rows,
+        )
     return Evaluated(update, result.loss, result.tokens, result.seconds, result.published_loss)
 
 
@@ -452,8 +543,9 @@ def _stopped(run: Run, signal: str, updates: int) -> Stopped:
     )
 
 
-def _finished(run: Run, validation: TokenStream, at: Position, seconds: float) -> Finished:
+def _finished(task: _Task, at: Position, seconds: float) -> Finished:
     """The summary; the last evaluation is read back, for a run that was already complete."""
+    run, validation = task.run, task.validation
     evaluated = [line for line in run.metrics() if "eval_loss" in line]
     last = evaluated[-1] if evaluated else {"eval_loss": math.nan}  # metrics.jsonl was removed
     return Finished(
@@ -464,4 +556,5 @@ def _finished(run: Run, validation: TokenStream, at: Position, seconds: float) -
         tokens=at.tokens,
         seconds=seconds,
         checkpoint=str(run.latest()),
+        eased=task.eased,
     )

@@ -19,8 +19,8 @@ Named = list[tuple[str, Tensor]]
 class Position:
     """Where a run stands: updates done, target tokens seen, and what later decisions depend on.
 
-    carried: "guard" (`divergence.Memory`) and "best" ({"update", "loss"}, None before there is
-    one), as plain JSON.
+    carried: "guard" (`divergence.Memory`), "best" ({"update", "loss"}, None before there is one)
+    and, of a run that met the end of memory, "ladder" (`rungs.Rungs`), as plain JSON.
     """
 
     update: int = 0

@@ -13,30 +13,23 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from lowmem import __version__
-from lowmem.config.defaults import rows_of
-from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, settled
-from lowmem.data.batches import Batches
 from lowmem.data.cache import cache_home
-from lowmem.data.shards import Corpus, TokenStream
+from lowmem.data.shards import Corpus
 from lowmem.errors import HardwareError
 from lowmem.kernels.blockwise import lookup_tables
 from lowmem.kernels.random_normal import lookup_table
 from lowmem.model.llama import Llama
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
-from lowmem.optim.step import MadeAnew, gather
 from lowmem.planner.allocator import Allocator, Peaks, expandable_segments
 from lowmem.planner.calibration import Calibration, Row, now
 from lowmem.planner.hardware import SmiReading, available_memory, processor
@@ -55,17 +48,18 @@ from lowmem.planner.rehearse import (
     tables,
 )
 from lowmem.train import checkpoint
+from lowmem.train.cap import capped
 from lowmem.train.evaluate import evaluate
 from lowmem.train.guard import told_out_of_memory
-from lowmem.train.loop import build, on_device
+from lowmem.train.loop import build
 from lowmem.train.meters import Meter, Reading, meter_of
 from lowmem.train.out_of_memory import out_of_memory_table
 from lowmem.train.run import Run
 from lowmem.train.snapshot import Position
+from lowmem.train.trial import Batch, ScratchText, scratch_gradients
 
 BUILD, SAVE, WHOLE = "built", "save", "whole run"
 UPDATES = 2
-Batch = list[tuple[Tensor, Tensor]]
 _EVALUATED = 3  # batches
 _REPEATS = 4  # of a timed call between two waits for the device, so that launches overlap
 
@@ -94,7 +88,7 @@ def verify(plan: Plan, before: list[SmiReading], command: str = "") -> Verificat
     device = settled(plan.config.train.device)
     rehearsal = _rehearsed(plan)
     _require_room(plan, device)
-    with _capped(plan, device), tempfile.TemporaryDirectory(dir=_scratch_folder()) as folder:
+    with capped(plan, device), tempfile.TemporaryDirectory(dir=_scratch_folder()) as folder:
         measured = _measured(plan, device, Path(folder))
         _release(device)
         rows = [*compared(plan, rehearsal, measured)]
@@ -160,14 +154,17 @@ def _measured(plan: Plan, device: str, folder: Path) -> Measured:
     if device == "cpu":
         lookup_tables(device)
         lookup_table(device)
-    text = _Text.of(config)
+    text = ScratchText.of(config)
+    rows = settled(config.train.micro_batch)
+    # Read before anything is measured.
+    updates = [list(text.batches.of(number).micro_batches(rows)) for number in range(UPDATES)]
     with meter_of(device) as meter:
         with told_out_of_memory(), meter.segment(BUILD):
             model, optimizer = build(config)
             model.initialise(config.train.seed)
             hold_worst_window(optimizer)  # as the rehearsal does
         with told_out_of_memory(partial(out_of_memory_table, plan, model, optimizer)):
-            for batch in text.updates:
+            for batch in updates:
                 _update(config, model, optimizer, batch, meter)
             _evaluate_and_save(config, model, optimizer, text, meter, folder)
     reserved = torch.cuda.memory_reserved() if device == "cuda" else 0
@@ -176,36 +173,10 @@ def _measured(plan: Plan, device: str, folder: Path) -> Measured:
     return Measured(persistent, meter.readings, used, reserved)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Random text of the plan's shape; the updates are read before anything is measured."""
-
-    stream: TokenStream
-    batches: Batches
-    updates: list[Batch]
-
-    @staticmethod
-    def of(config: Config) -> "_Text":
-        seq_len, rows = settled(config.data.seq_len), settled(config.train.micro_batch)
-        stream = RandomTokens(resolve_model(config.model, Path.cwd()).vocab_size)
-        per_update = rows_of(config.train.batch, seq_len)
-        seed = config.train.seed
-        batches = Batches(stream, seq_len=seq_len, rows_per_update=per_update, seed=seed)
-        updates = [list(batches.of(number).micro_batches(rows)) for number in range(UPDATES)]
-        return _Text(stream, batches, updates)
-
-
 def _update(config: Config, model: Llama, optimizer: Optimizer, batch: Batch, meter: Meter) -> None:
     with meter.segment(GATHER):
-        made = gather(
-            model,
-            optimizer,
-            MadeAnew(partial(on_device, batch, model.head_weight.device)),
-            count=len(batch),
-            tokens=sum(targets.numel() for _, targets in batch),
-            lr=settled(config.optimizer.lr),
-            clip=config.train.clip if isinstance(config.train.clip, float) else None,
-        )
+        lr = settled(config.optimizer.lr)
+        made = scratch_gradients(config, model, optimizer, batch, len(batch), lr)
     with meter.segment(STEP):
         optimizer.step()
     del made  # alive until here, as in training
@@ -215,7 +186,7 @@ def _evaluate_and_save(
     config: Config,
     model: Llama,
     optimizer: Optimizer,
-    text: _Text,
+    text: ScratchText,
     meter: Meter,
     folder: Path,
 ) -> None:
@@ -320,39 +291,11 @@ def _highest(readings: list[Reading]) -> Reading:
     )
 
 
-class RandomTokens(TokenStream):
-    """A stream of more tokens than a verification reads, each piece a function of its place."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.tokens, self.documents = 2**40, 1
-        self._vocab_size = vocab_size
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        return np.random.default_rng(start).integers(0, self._vocab_size, count)
-
-    def read_rows(self, starts: np.ndarray, count: int) -> np.ndarray:
-        return np.stack([self.read(int(start), count) for start in starts])
-
-
 class NoText(Corpus):
     """A corpus without a tokenizer: a saved model folder then has none."""
 
     def tokenizer(self) -> None:  # type: ignore[override]
         return None
-
-
-@contextmanager
-def _capped(plan: Plan, device: str) -> Iterator[None]:
-    """On CUDA, let this process reserve what the plan's card has for it, and no more."""
-    if device != "cuda":
-        yield
-        return
-    total = torch.cuda.get_device_properties().total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, plan.card.usable_bytes / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def _require_room(plan: Plan, device: str) -> None:

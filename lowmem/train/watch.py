@@ -11,6 +11,7 @@ import torch
 
 from lowmem.planner.calibration import ALLOWED_UNDER
 from lowmem.planner.plan import Plan
+from lowmem.train.cap import Cap
 from lowmem.train.events import Grown
 
 EVERY = 50
@@ -33,16 +34,20 @@ def read_device() -> DeviceReading:
 
 @dataclass
 class Watch:
-    """plan: None where none is known, and nothing is watched then. read: asks the device."""
+    """plan: None where none is known, and nothing is watched then. read: asks the device.
+
+    cap: its ballast is no growth of ours.
+    """
 
     plan: Plan | None
     read: Callable[[], DeviceReading]
+    cap: Cap = field(default_factory=Cap)
     _told: set[str] = field(default_factory=set)
 
     @staticmethod
-    def over(plan: Plan | None, device: str) -> "Watch":
+    def over(plan: Plan | None, device: str, cap: Cap) -> "Watch":
         """Of a run on `device`; the host's memory belongs to everybody, so it is not watched."""
-        return Watch(plan if device == "cuda" else None, read_device)
+        return Watch(plan if device == "cuda" else None, read_device, cap)
 
     def after(self, update: int) -> Iterator[Grown]:
         """What has grown and has not been told, after update `update` (0-based)."""
@@ -52,8 +57,9 @@ class Watch:
         others = now.total - now.free - now.reserved - card.context
         if others > card.others + card.margin:
             yield from self._once(Grown(update, "others", card.others, others))
-        if now.reserved > (1 + ALLOWED_UNDER) * self.plan.memory.reserved:
-            yield from self._once(Grown(update, "ours", self.plan.memory.reserved, now.reserved))
+        ours = now.reserved - self.cap.held_back
+        if ours > (1 + ALLOWED_UNDER) * self.plan.memory.reserved:
+            yield from self._once(Grown(update, "ours", self.plan.memory.reserved, ours))
 
     def _once(self, grown: Grown) -> Iterator[Grown]:
         if grown.whose not in self._told:

@@ -5,9 +5,11 @@ import pytest
 from lowmem.cli.lines import EventLines, heading
 from lowmem.train.events import (
     Assigned,
+    Capped,
     Converted,
     ConvertedPart,
     Diagnosed,
+    Eased,
     Evaluated,
     Finished,
     Group,
@@ -18,6 +20,7 @@ from lowmem.train.events import (
     Started,
     Stopping,
     Trained,
+    Tried,
 )
 from lowmem.units import GIB
 
@@ -110,6 +113,27 @@ def test_growth_is_a_warning(whose: str, words: str) -> None:
     assert "100 warning:" in line
     assert words in line
     assert "1.00 GiB" in line
+
+
+def test_what_was_done_for_want_of_memory_is_told_when_and_at_the_end() -> None:
+    lines = lines_at(Clock())
+    why = "CUDA out of memory. Tried to allocate 2 GiB"
+    told = lines.of(Eased(99, "slices", "slices are smaller", "loss", why))
+    assert told[0].endswith("100 out of memory, loss: slices are smaller")
+    assert told[1].endswith(f"   {why}")
+    (ahead,) = lines.of(Eased(99, "slices", "slices are smaller"))
+    assert ahead.endswith("100 others have grown beyond the margin: slices are smaller")
+    end = lines.of(Finished(100, 2.0, 7.0, 9, 9.0, "x", eased=["slices are smaller"]))
+    assert len(end) == 2
+    assert end[1].endswith("for want of memory: slices are smaller")
+
+
+def test_the_cap_and_the_trial_are_a_line_each() -> None:
+    lines = lines_at(Clock())
+    (cap,) = lines.of(Capped(11 * GIB, 64 * 2**20, "rtx3060-12gb"))
+    assert "capped at 11.0 GiB, the budget on rtx3060-12gb; 64.0 MiB of its margin spare" in cap
+    (tried,) = lines.of(Tried(3.0))
+    assert "an update of random text, refresh and all, fits: " in tried
 
 
 def test_a_continued_run_says_where_it_continues() -> None:

@@ -221,6 +221,7 @@ def test_only_the_planner_is_left_with_choices() -> None:
         "train.clip",
         "train.ends",
         "train.sums",
+        "train.trial",
     }
 
 

@@ -7,6 +7,7 @@ from lowmem.config.recompute import (
     keeps_attention,
     keeps_mlp,
     levels_of,
+    one_level_down,
 )
 
 
@@ -48,3 +49,10 @@ def test_anything_else_is_refused(text: str) -> None:
 def test_more_blocks_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="names 9 blocks, the model has 8"):
         levels_of("keep:9,full", 8)
+
+
+@pytest.mark.parametrize("before", ["keep", "attn", "full", "keep:3,attn:2,full", "keep:2,attn"])
+def test_one_level_down_for_every_block_but_the_last(before: str) -> None:
+    down = {"keep": "attn", "attn": "full", "full": "full"}
+    *blocks, last = levels_of(before, 8)
+    assert levels_of(one_level_down(before, 8), 8) == (*(down[level] for level in blocks), last)

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from lowmem.kernels import slices
 from lowmem.kernels.blockwise import BLOCK
-from lowmem.kernels.slices import flat_slices, rehearsing, row_slices
+from lowmem.kernels.linear_cross_entropy import SLICE_ROWS
+from lowmem.kernels.linear_cross_entropy import row_slices as vocabulary_slices
+from lowmem.kernels.slices import flat_slices, rehearsing, row_slices, smaller_slices
 
 
 def test_a_given_size_of_groups_is_kept_in_whole_blocks() -> None:
@@ -62,3 +64,17 @@ def test_meta_is_cut_as_the_device_it_stands_for() -> None:
 @pytest.mark.parametrize("elements", slices.SLICE_ELEMENTS.values())
 def test_the_real_size_is_a_multiple_of_a_quantisation_block(elements: int) -> None:
     assert elements % BLOCK == 0
+
+
+def test_smaller_slices_are_so_many_times_smaller_and_only_inside() -> None:
+    """Of elements and of the vocabulary, and still whole blocks."""
+
+    def longest() -> tuple[int, int]:
+        flat = max(piece.stop - piece.start for piece in flat_slices(torch.empty(2**20)))
+        return flat, max(stop - start for start, stop in vocabulary_slices(32000))
+
+    before = longest()
+    with smaller_slices(4):
+        assert longest() == (before[0] // 4, before[1] // 4)
+        assert longest()[1] % BLOCK == 0
+    assert longest() == before == (slices.SLICE_ELEMENTS["cpu"], SLICE_ROWS)

@@ -9,10 +9,12 @@ import pytest
 
 from lowmem.train.events import (
     Assigned,
+    Capped,
     Continued,
     Converted,
     ConvertedPart,
     Diagnosed,
+    Eased,
     Evaluated,
     Event,
     Finished,
@@ -28,6 +30,7 @@ from lowmem.train.events import (
     Stopping,
     Storage,
     Trained,
+    Tried,
     perplexity,
     to_record,
 )
@@ -168,6 +171,23 @@ RECORDS: list[tuple[Event, dict[str, Any]]] = [
             "seconds": 9.0,
             "checkpoint": "runs/a/checkpoints/step-000010",
             "published_loss": None,
+            "eased": [],
+        },
+    ),
+    (
+        Capped(10**10, 2**26, "rtx3060-12gb"),
+        {"event": "capped", "budget": 10**10, "ballast": 2**26, "card": "rtx3060-12gb"},
+    ),
+    (Tried(2.5), {"event": "tried", "seconds": 2.5}),
+    (
+        Eased(3, "recompute", "recompute keep -> attn", "loss", "CUDA out of memory"),
+        {
+            "event": "eased",
+            "update": 3,
+            "step": "recompute",
+            "said": "recompute keep -> attn",
+            "where": "loss",
+            "reason": "CUDA out of memory",
         },
     ),
 ]

@@ -17,7 +17,7 @@ from lowmem.model.llama import Llama
 from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors
-from lowmem.train.events import Evaluated, Event, Finished, Grown, Measured, Started
+from lowmem.train.events import Eased, Evaluated, Event, Finished, Grown, Measured, Started
 from lowmem.train.loop import build, train
 from lowmem.train.run import Run
 from lowmem.train.schedule import learning_rate
@@ -220,7 +220,9 @@ def test_running_out_of_memory_is_told(
         "the device ran out of memory although the plan fitted, "
         "backward of block 1, gradient of mlp.up"
     )
-    reason, head, *rows = error.why.splitlines()
+    reason, tried, saved, head, *rows = error.why.splitlines()
+    assert tried.startswith("tried: slices of vocabulary and weights are 4 times smaller")
+    assert saved == "no update was half made, and everything is saved"
     assert reason == "CUDA out of memory. Tried to allocate 2 GiB"
     assert head.split() == ["planned", "measured"]
     table = {name: rest.split("  ") for name, _, rest in (row.partition("  ") for row in rows)}
@@ -262,9 +264,14 @@ def test_a_card_that_fills_up_is_told_once(
     """By a device that says so: another program takes 20 GiB of a 24 GiB card."""
     full = DeviceReading(total=24 * GIB, free=2 * GIB, reserved=0)
     monkeypatch.setattr("lowmem.train.watch.EVERY", 2)
-    monkeypatch.setattr(Watch, "over", lambda plan, device: Watch(plan, lambda: full))
+    monkeypatch.setattr(Watch, "over", lambda plan, device, cap: Watch(plan, lambda: full, cap))
     run, events = planned_run(tiny_config(), tiny_corpus)
     (grown,) = [event for event in events if isinstance(event, Grown)]
     assert (grown.update, grown.whose) == (1, "others")
+    eased = [event for event in events if isinstance(event, Eased)]
+    assert [(event.update, event.step, event.where) for event in eased] == [
+        (1, "slices", ""),  # before anything has failed
+        (1, "recompute", ""),
+    ]
     lines = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
     assert [line["whose"] for line in lines if line["event"] == "grown"] == ["others"]

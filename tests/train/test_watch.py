@@ -6,6 +6,7 @@ import pytest
 
 from lowmem.config.schema import Config
 from lowmem.planner.plan import Card, Choice, Memory, Plan
+from lowmem.train.cap import Cap
 from lowmem.train.events import Grown
 from lowmem.train.watch import EVERY, DeviceReading, Watch
 
@@ -74,10 +75,10 @@ def test_the_host_is_not_watched() -> None:
     def read() -> DeviceReading:
         raise AssertionError("asked")
 
-    assert Watch.over(PLAN, "cpu").plan is None
+    assert Watch.over(PLAN, "cpu", Cap()).plan is None
     assert list(Watch(None, read).after(EVERY - 1)) == []
 
 
 @pytest.mark.parametrize("device", ["cuda"])
 def test_a_run_on_a_card_is_watched(device: str) -> None:
-    assert Watch.over(PLAN, device).plan is PLAN
+    assert Watch.over(PLAN, device, Cap()).plan is PLAN
