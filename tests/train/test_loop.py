@@ -271,7 +271,7 @@ def test_a_card_that_fills_up_is_told_once(
     eased = [event for event in events if isinstance(event, Eased)]
     assert [(event.update, event.step, event.where) for event in eased] == [
         (1, "slices", ""),  # before anything has failed
-        (1, "recompute", ""),
+        (1, "logits", ""),
     ]
     lines = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
     assert [line["whose"] for line in lines if line["event"] == "grown"] == ["others"]
