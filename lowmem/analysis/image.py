@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lowmem.analysis.figures import Axis, Figure, thinned, tick_text
+from lowmem.analysis.axes import Axis, tick_text
+from lowmem.analysis.figures import Figure, thinned
 from lowmem.errors import ConfigError, HardwareError, short
 
 FORMATS = (".png", ".svg")

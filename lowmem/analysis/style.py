@@ -58,7 +58,7 @@ th, td {
   border-bottom: 1px solid var(--line);
 }
 td { overflow-wrap: break-word; }
-td:last-child:not(:nth-child(2)) { width: 50%; }
+td:last-child:not(:nth-child(2)) { width: 42%; }
 td:last-child { overflow-wrap: anywhere; }
 th { font-weight: 600; overflow-wrap: break-word; }
 tbody th { width: 9rem; font-weight: normal; color: var(--quiet); }

@@ -6,7 +6,8 @@ Classes: `axis` and `grid` for lines, `text` for words, `c0` to `c7` for curves,
 
 from html import escape
 
-from lowmem.analysis.figures import Axis, Curve, Figure, Points, thinned, tick_text
+from lowmem.analysis.axes import Axis, tick_text
+from lowmem.analysis.figures import Curve, Figure, Points, thinned
 
 COLOURS = 8
 _WIDTH, _HEIGHT = 340, 220

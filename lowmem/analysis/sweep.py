@@ -160,7 +160,7 @@ def trials(request: Request, takes_rank: Callable[[str], bool]) -> list[Trial]:
                     "fewer values, or several [[grid]] that hold less",
                 )
             for seed in request.seeds:
-                trial = _trial(varied | {SEED: seed}, grid)
+                trial = _trial(varied | {SEED: seed})
                 if found.setdefault(trial.name, trial) != trial:
                     raise ConfigError(
                         f"two trials would be called {trial.name}",
@@ -170,14 +170,13 @@ def trials(request: Request, takes_rank: Callable[[str], bool]) -> list[Trial]:
     return list(found.values())
 
 
-def _trial(varied: dict[str, Any], grid: dict[str, list[Any]]) -> Trial:
-    """Named after what varies: "galore-rank64-lr0.01-seed0"."""
+def _trial(varied: dict[str, Any]) -> Trial:
+    """Named after everything in its grid, so that a sweep can grow: "galore-lr0.01-seed0"."""
     words: list[str] = []
     for key, value in varied.items():
         told = _NO_NAME.sub("_", str(value))
-        short_name = key.rpartition(".")[2]
         if key == METHOD:
             words.insert(0, told)
-        elif key in (SEED, RANK) or len(grid[key]) > 1:
-            words.append(f"{short_name}{told}")
+        else:
+            words.append(f"{key.rpartition('.')[2]}{told}")
     return Trial("-".join(words), varied)

@@ -11,7 +11,8 @@
 
 from textwrap import wrap
 
-from lowmem.analysis.figures import Axis, Curve, Figure, tick_text
+from lowmem.analysis.axes import Axis, tick_text
+from lowmem.analysis.figures import Curve, Figure
 from lowmem.errors import short
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

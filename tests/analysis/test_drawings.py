@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 from lowmem.analysis import image, svg, terminal
-from lowmem.analysis.figures import Axis, Curve, Figure, Mark, losses
+from lowmem.analysis.axes import Axis
+from lowmem.analysis.figures import Curve, Figure, Mark, losses
 from lowmem.analysis.history import read_all
 from lowmem.errors import ConfigError, HardwareError
 from tests.analysis.conftest import Make

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from lowmem.analysis.figures import Axis, losses, smoothed, thinned, tick_text
+from lowmem.analysis.axes import Axis, tick_text
+from lowmem.analysis.figures import losses, smoothed, thinned
 from lowmem.analysis.history import read_all
 from lowmem.errors import ConfigError
 from tests.analysis.conftest import Make

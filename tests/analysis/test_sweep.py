@@ -48,12 +48,17 @@ def test_grids_are_added_and_what_is_in_two_of_them_is_tried_once() -> None:
 
 
 def test_two_trials_of_one_name_are_refused() -> None:
-    grids: list[dict[str, list[Any]]] = [
-        {METHOD: ["adamw"], LR: [0.1]},
-        {METHOD: ["adamw"], LR: [0.2]},
-    ]
-    with pytest.raises(ConfigError, match="two trials would be called adamw-seed0"):
-        trials(Request([0], {}, grids), takes_rank)
+    grid: dict[str, list[Any]] = {"data.source": ["a b", "a/b"]}
+    with pytest.raises(ConfigError, match="two trials would be called sourcea_b-seed0"):
+        trials(Request([0], {}, [grid]), takes_rank)
+
+
+def test_a_trial_keeps_its_name_when_its_grid_grows() -> None:
+    few, more = (
+        [trial.name for trial in trials(Request([0], {}, [{LR: lrs}]), takes_rank)]
+        for lrs in ([0.1], [0.1, 0.2])
+    )
+    assert few == more[:1]
 
 
 def test_a_file_says_the_same_as_flags(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_trial_that_fails_otherwise_is_tried_again(
     assert "1 of 1 trials failed" in err
     assert "text.txt" in err
     (place / "away.txt").rename(place / "text.txt")
-    assert states(capsys, *RATES, "--lr", "0.01") == {"adamw-seed0": "finished"}
+    assert states(capsys, *RATES, "--lr", "0.01") == {"adamw-lr0.01-seed0": "finished"}
 
 
 def test_what_does_not_fit_is_named_before_anything_runs(
@@ -226,15 +226,15 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(place: Path) -> None:
     command[command.index("--updates") + 1] = "400"
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
-    metrics = Path("runs/rates/adamw-seed0/metrics.jsonl")
+    metrics = Path("runs/rates/adamw-lr0.01-seed0/metrics.jsonl")
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate()
     assert process.returncode == 75, err
-    assert "everything is saved" in Path("runs/rates/trials/adamw-seed0.log").read_text()
+    assert "everything is saved" in Path("runs/rates/trials/adamw-lr0.01-seed0.log").read_text()
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "lowmem resume runs/rates/adamw-seed0" in done.stderr
+    assert "lowmem resume runs/rates/adamw-lr0.01-seed0" in done.stderr
     whole = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["update"] for line in whole if "lr" in line] == list(range(400))
