@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem.analysis.report import write_report
 from lowmem.analysis.reproduce import (
     MATCH,
     NO_MATCH,
@@ -75,6 +76,7 @@ def reproduce(given: Given, name: str, asked: Asked, *, as_json: bool) -> None:
         trained(run, corpus, console)
     result = verdict(run, _read(corpus, run.config), settings)
     result.write(run.folder)
+    console.say(f"report {write_report(run.folder)}")
     _show(console, result, run.folder, as_json=as_json)
 
 

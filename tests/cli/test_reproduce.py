@@ -43,6 +43,7 @@ def test_a_shortened_reproduction_says_so_and_goes_on_by_the_same_command(
     assert first["published"] == 34.88
     assert first["measured"] < first["true_perplexity"]
     assert json.loads((folder / "verdict.json").read_text())["measured"] == first["measured"]
+    assert first["verdict"] in (folder / "report.html").read_text()
     config = Run.open(folder).config
     assert (config.train.updates, config.run.recipe) == (6, "galore-60m")
 
