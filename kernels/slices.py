@@ -8,29 +8,14 @@ that occurs, and a rehearsed 7B update takes seconds instead of minutes.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import Tensor
 
-from lowmem.kernels.blockwise import BLOCK
+from lowmem.kernels.dispatch import device_type
+
+BLOCK = 256  # elements that share a scale: pieces hold whole ones
 
 SLICE_ELEMENTS = {"cuda": 2**21, "cpu": 2**18}  # 8 MiB and 1 MiB of float32
-_meta_stands_for = ["cuda"]
-
-
-@contextmanager
-def rehearsing(device: str) -> Iterator[None]:
-    """Inside, a tensor on meta is cut as it would be on that device."""
-    _meta_stands_for.append(device)
-    try:
-        yield
-    finally:
-        _meta_stands_for.pop()
-
-
-def device_type(tensor: Tensor) -> str:
-    """Where the tensor is; of one on meta, where it would be."""
-    return _meta_stands_for[-1] if tensor.is_meta else tensor.device.type
 
 
 def slice_elements(tensor: Tensor) -> int:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lowmem.kernels import slices
 from lowmem.kernels.blockwise import BLOCK
-from lowmem.kernels.slices import flat_slices, rehearsing, row_slices
+from lowmem.kernels.dispatch import rehearsing
+from lowmem.kernels.slices import flat_slices, row_slices
 
 
 def test_a_given_size_of_groups_is_kept_in_whole_blocks() -> None:
