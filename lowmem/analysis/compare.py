@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowmem.analysis.history import History, Peak
-from lowmem.analysis.published import protocol_of, published_beside
+from lowmem.analysis.published import published_beside
 from lowmem.analysis.seeds import HOW, Interval, interval
 from lowmem.config.defaults import rows_of
 from lowmem.config.load import flatten
@@ -196,7 +196,7 @@ def _facts(run: History, *, with_corpus: bool) -> dict[str, str]:
         "model": f"{format_count(model.parameters)} weights, {model.hidden_size} wide",
         "tokens": f"{run.trained[-1].tokens:,}",
         "batch": f"{rows_of(config.train.batch, seq_len)} x {seq_len} tokens",
-        "protocol": protocol_of(config),
+        "protocol": config.data.protocol,
         "data": f"{config.data.source}{corpus}",
         "tokenizer": f"{config.data.tokenizer}, {model.vocab_size} ids",
         "evaluation": evaluation,

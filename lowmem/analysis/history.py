@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from lowmem.analysis.reproduce import VERDICT
 from lowmem.config.load import flatten
 from lowmem.config.schema import Config, settled
 from lowmem.errors import CheckpointError, short
@@ -24,7 +25,6 @@ from lowmem.train.events import Diagnosed, Evaluated, Measured, Trained, perplex
 from lowmem.train.lock import holder_of
 from lowmem.train.run import EVENTS, METRICS, Run
 
-VERDICT = "verdict.json"  # of `lowmem reproduce`
 Status = Literal["finished", "running", "unfinished"]
 Record = TypeVar("Record", Trained, Evaluated, Diagnosed, Measured)
 
@@ -130,7 +130,7 @@ class History:
     @property
     def published_perplexity(self) -> float | None:
         """What the papers' evaluation makes of the same losses; None: of another protocol."""
-        loss = getattr(self.final, "published_loss", None)
+        loss = self.final.published_loss if self.final is not None else None
         return None if loss is None else perplexity(loss)
 
     @property

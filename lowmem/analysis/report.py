@@ -17,7 +17,7 @@ from typing import Any
 from lowmem import __version__
 from lowmem.analysis.figures import Figure, losses, series
 from lowmem.analysis.history import History
-from lowmem.analysis.published import protocol_of, published_beside
+from lowmem.analysis.published import published_beside
 from lowmem.analysis.style import STYLE
 from lowmem.analysis.svg import drawn
 from lowmem.config.presets import resolve_model
@@ -94,7 +94,7 @@ def _subtitle(run: History) -> str:
     source = without_private(config.data.source)
     return (
         f"{format_count(model.parameters)} weights, {config.optimizer.method}, "
-        f"{source}, protocol {protocol_of(config)}, seed {config.train.seed}"
+        f"{source}, protocol {config.data.protocol}, seed {config.train.seed}"
     )
 
 

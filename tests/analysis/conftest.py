@@ -29,6 +29,7 @@ MODEL = {
     "vocab_size": 400,
 }
 Make = Callable[..., Path]
+PAPERS = {"protocol": "galore"}  # the data of a run as in the papers
 LOSSES = (6.0, 5.0, 4.5, 4.2)
 
 
@@ -51,6 +52,7 @@ def make_run(tmp_path: Path) -> Make:
         *,
         losses: Sequence[float] = LOSSES,
         final: float | None = 4.0,
+        published: float | None = None,
         method: str = "adamw",
         lr: float = 0.01,
         seed: int = 0,
@@ -79,7 +81,7 @@ def make_run(tmp_path: Path) -> Make:
             trained(update, loss, seconds=seconds) for update, loss in enumerate(losses)
         ]
         if final is not None:
-            metrics.append(Evaluated(len(losses) - 1, final, eval_tokens, 0.1))
+            metrics.append(Evaluated(len(losses) - 1, final, eval_tokens, 0.1, published))
         events: list[Event] = [
             Started(0, len(losses), 128, str(run.folder)),
             Measured("tensors", peak, peak, [Part("weights", peak // 2, peak // 2)]),

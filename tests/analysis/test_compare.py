@@ -13,7 +13,7 @@ from lowmem.analysis.history import read_all
 from lowmem.analysis.published import published_beside
 from lowmem.analysis.seeds import interval
 from lowmem.planner.quality import evidence
-from tests.analysis.conftest import MODEL, Make
+from tests.analysis.conftest import MODEL, PAPERS, Make
 
 
 def comparison(*folders: Path) -> Comparison:
@@ -72,9 +72,8 @@ def test_every_fact_of_a_fair_comparison_is_tested_above(make_run: Make) -> None
     assert facts == set(DIFFERENT) | {"protocol", "tokenizer"}
 
 
-def test_another_protocol_is_named(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "protocol_of", lambda config: config.optimizer.method)
-    found = comparison(make_run("a"), make_run("b", method="galore"))
+def test_another_protocol_is_named(make_run: Make) -> None:
+    found = comparison(make_run("a"), make_run("b", method="galore", data=PAPERS))
     assert [each.what for each in found.differences] == ["protocol"]
 
 
@@ -148,23 +147,22 @@ def test_a_run_that_was_never_evaluated_stands_last(make_run: Make) -> None:
 
 
 def test_published_results_stand_beside_runs_of_their_size_protocol_and_length(
-    make_run: Make, monkeypatch: pytest.MonkeyPatch
+    make_run: Make,
 ) -> None:
-    monkeypatch.setattr("lowmem.analysis.published.protocol_of", lambda config: "galore")
-    settings: dict[str, Any] = {"model": "llama-60m", "method": "galore"}
-    full = make_run("a", train={"updates": 10_000}, **settings)
+    settings: dict[str, Any] = {"model": "llama-60m", "method": "galore", "data": PAPERS}
+    full = make_run("a", train={"updates": 10_000}, published=3.9, **settings)
     short = make_run("b", **settings)
-    assert 34.88 in [row.ppl for row in comparison(full).settings[0].published]
+    found = comparison(full)
+    assert 34.88 in [row.ppl for row in found.settings[0].published]
+    record = found.to_json()["settings"][0]
+    assert record["published_protocol_perplexity"] == [pytest.approx(math.exp(3.9))]
     assert comparison(short).settings[0].published == []
 
 
-def test_published_results_of_other_sizes_do_not_stand_beside_a_run(
-    make_run: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lowmem.analysis.published.protocol_of", lambda config: "galore")
-    (run,) = read_all([make_run("a", model="llama-60m", method="galore")])
+def test_published_results_of_other_sizes_do_not_stand_beside_a_run(make_run: Make) -> None:
+    (run,) = read_all([make_run("a", model="llama-60m", method="galore", data=PAPERS)])
     assert {row.size for row in published_beside(run)} == {"60m"}
-    (small,) = read_all([make_run("b", method="galore")])
+    (small,) = read_all([make_run("b", method="galore", data=PAPERS)])
     assert published_beside(small) == []
 
 

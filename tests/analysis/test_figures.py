@@ -8,7 +8,7 @@ from lowmem.analysis.axes import Axis, tick_text
 from lowmem.analysis.figures import losses, smoothed, thinned
 from lowmem.analysis.history import read_all
 from lowmem.errors import ConfigError
-from tests.analysis.conftest import Make
+from tests.analysis.conftest import PAPERS, Make
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 100])
@@ -111,11 +111,8 @@ def test_runs_of_one_name_are_told_by_their_paths(make_run: Make) -> None:
     assert names == [str(one), str(moved)]
 
 
-def test_published_results_are_marked_at_their_tokens(
-    make_run: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lowmem.analysis.published.protocol_of", lambda config: "galore")
-    runs = read_all([make_run("a", model="llama-60m", method="galore")])
+def test_published_results_are_marked_at_their_tokens(make_run: Make) -> None:
+    runs = read_all([make_run("a", model="llama-60m", method="galore", data=PAPERS)])
     figure = losses(runs, "tokens", "perplexity", None)
     assert (1.31e9, pytest.approx(34.88)) in [(mark.x, mark.y) for mark in figure.marks]
     assert (1.31e9, pytest.approx(30.05)) in [(mark.x, mark.y) for mark in figure.marks]

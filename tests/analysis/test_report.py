@@ -17,7 +17,7 @@ from lowmem.analysis.report import page, write_report
 from lowmem.errors import CheckpointError
 from lowmem.train.events import Grown, Paused, Skipped
 from lowmem.train.run import EVENTS
-from tests.analysis.conftest import Make, append
+from tests.analysis.conftest import PAPERS, Make, append
 
 VOID = {"meta", "br", "path", "circle"}
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -145,11 +145,8 @@ def test_a_run_of_any_length_has_a_page(make_run: Make, losses: tuple[float, ...
     assert "unfinished" in words
 
 
-def test_published_results_stand_on_the_page_its_own_method_first(
-    make_run: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lowmem.analysis.published.protocol_of", lambda config: "galore")
-    words = Page(written(make_run("a", model="llama-60m", method="galore"))).words
+def test_published_results_stand_on_the_page_its_own_method_first(make_run: Make) -> None:
+    words = Page(written(make_run("a", model="llama-60m", method="galore", data=PAPERS))).words
     assert words.index("galore, rank 0.25 of the width, 10,000 updates34.88") < words.index("fira,")
     assert "Published" not in Page(written(make_run("b", method="galore"))).words
 
