@@ -330,7 +330,7 @@ def test_every_operation_of_an_update_may_fail(
         tiny_corpus,
         lambda report, number: number == first + APART * report.update and not report.in_this,
     )
-    assert report.faults.raised > 0.95 * SITES
+    assert report.faults.raised > SITES / 2  # some updates have fewer operations than that
     assert set(report.steps) == {"free"}
     require_same(disturbed, plain)
 
