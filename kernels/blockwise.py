@@ -13,8 +13,28 @@ from functools import cache
 import torch
 from torch import Tensor
 
-BLOCK = 256
+from lowmem.kernels.dispatch import Kernel
+from lowmem.kernels.slices import BLOCK, pieces, slice_elements
+
 _TINY = 1e-38  # divisor of an all-zero block
+
+# The bits of a float32 above these are a bucket of the table in which at most one code ends.
+_SHIFT = 16
+_FIRST, _ONE = 0x34000000, 0x3F800000  # bits of 2^-23, below which no code ends, and of 1.0
+_BUCKETS = ((_ONE - _FIRST) >> _SHIFT) + 1  # of either sign
+_BELOW = 2**_SHIFT - 1
+
+QUANTIZE = Kernel(
+    "blockwise_quantize(Tensor x, Tensor table, Tensor(a!) codes, Tensor(b!) absmax, bool lift)"
+    " -> ()",
+    triton="blockwise_triton",
+    native=True,
+)
+DEQUANTIZE = Kernel(
+    "blockwise_dequantize(Tensor codes, Tensor absmax, Tensor values, Tensor(a!) out) -> ()",
+    triton="blockwise_triton",
+    native=True,
+)
 
 
 def block_count(elements: int) -> int:
@@ -35,14 +55,35 @@ def dynamic_map(signed: bool, device: str = "cpu") -> Tensor:
 
 
 @cache
-def _midpoints(signed: bool, device: str) -> Tensor:
-    values = dynamic_map(signed, "cpu")
-    return ((values[:-1] + values[1:]) / 2).to(device)
+def code_table(signed: bool, device: str = "cpu") -> Tensor:
+    """What the nearest code is, by bucket of the magnitude's bits: positive ones, then negative.
+
+    int32: (code << 16) + limit. A positive number has that code, or the next one if its low 16 bits
+    are above the limit; a negative one that code, or the one before it. Exact: every midpoint of
+    two values of the map is the limit of a bucket.
+    """
+    values = dynamic_map(signed)
+    midpoints = (values[:-1] + values[1:]) / 2
+    first = torch.arange(_BUCKETS, dtype=torch.int32) << _SHIFT
+    first = torch.where(first == 0, first, first + _FIRST)  # the first bucket begins at zero
+    last = torch.arange(_BUCKETS, dtype=torch.int32) * 2**_SHIFT + _FIRST + _BELOW
+    table = []
+    for sign in (1.0, -1.0):
+        begins, ends = (
+            torch.bucketize(bits.view(torch.float32) * sign, midpoints, out_int32=True)
+            for bits in (first, last)
+        )
+        nearest = midpoints[torch.minimum(begins, ends).long().clamp(max=254)]
+        limit = nearest.abs().view(torch.int32) & _BELOW
+        # Ties go to the lower code: of a negative number, to that of the larger magnitude.
+        limit = torch.where(begins == ends, _BELOW, limit if sign > 0 else limit - 1)
+        table.append((begins << _SHIFT) + limit)
+    return torch.cat(table).to(device)
 
 
 def lookup_tables(device: str) -> list[Tensor]:
     """The constants that this module keeps on a device once it has been used there."""
-    return [make(signed, device) for make in (dynamic_map, _midpoints) for signed in (True, False)]
+    return [make(signed, device) for make in (dynamic_map, code_table) for signed in (True, False)]
 
 
 def quantize(x: Tensor, signed: bool, floor_codes: bool = False) -> tuple[Tensor, Tensor]:
@@ -50,9 +91,27 @@ def quantize(x: Tensor, signed: bool, floor_codes: bool = False) -> tuple[Tensor
 
     x: any shape, float32, contiguous. Returns codes of x's shape (uint8) and absmax (blocks,).
     Ties go to the lower code. floor_codes: a positive value never gets code 0, that is zero
-    (unsigned map only): a second moment that underflows would make the next step huge.
+    (unsigned map only): a second moment that underflows would make the next step huge. The scale of
+    a block with NaN is NaN, and its codes mean nothing.
     """
-    flat = x.reshape(-1)
+    lift = floor_codes and not signed
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    table = code_table(signed, str(x.device))
+    if QUANTIZE.runs_on(x):
+        absmax = torch.empty(block_count(x.numel()), dtype=torch.float32, device=x.device)
+        QUANTIZE(x, table, codes, absmax, lift)
+        return codes, absmax
+    flat, found = x.view(-1), codes.view(-1)
+    scaled, absmax = _scaled(flat)
+    for start, stop in pieces(flat.numel(), slice_elements(x) // 4, x.is_meta):
+        _encode(scaled[start:stop], table, found[start:stop])
+    if lift:
+        torch.maximum(found, (flat > 0).to(torch.uint8), out=found)
+    return codes, absmax
+
+
+def _scaled(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """(x / absmax, absmax), the former about within [-1, 1]."""
     whole = flat.numel() // BLOCK * BLOCK
     blocks, tail = flat[:whole].view(-1, BLOCK), flat[whole:]
     absmax = blocks.abs().amax(dim=1)
@@ -67,14 +126,22 @@ def quantize(x: Tensor, signed: bool, floor_codes: bool = False) -> tuple[Tensor
         last = tail.abs().amax().clamp(min=_TINY)
         torch.div(tail, last, out=scaled[whole:])
         absmax = torch.cat([absmax, last.unsqueeze(0)])
-    scaled.clamp_(-1.0, 1.0)
-    wide = torch.bucketize(scaled, _midpoints(signed, str(x.device)), out_int32=True)
-    del scaled
-    codes = wide.to(torch.uint8)
-    del wide
-    if floor_codes and not signed:
-        torch.maximum(codes, (flat > 0).to(torch.uint8), out=codes)
-    return codes.view(x.shape), absmax
+    return scaled, absmax
+
+
+def _encode(scaled: Tensor, table: Tensor, out: Tensor) -> None:
+    """out <- nearest codes of numbers within [-1, 1], which are spoilt."""
+    bits = scaled.view(torch.int32)
+    bucket = bits.bitwise_and(0x7FFFFFFF).clamp_(_FIRST, _ONE).sub_(_FIRST)
+    bucket.bitwise_right_shift_(_SHIFT).add_((bits < 0).to(torch.int16), alpha=_BUCKETS)
+    found = table.index_select(0, bucket)
+    del bucket
+    # A number beyond 1 by a rounding is 1.
+    sign = bits.bitwise_right_shift(31).bitwise_or_(1).to(torch.int8)
+    low = bits.bitwise_and_(0x7FFFFFFF).clamp_(max=_ONE).bitwise_and_(_BELOW)
+    beyond = low > (found & _BELOW)
+    found.bitwise_right_shift_(_SHIFT).addcmul_(sign, beyond)
+    out.copy_(found)
 
 
 def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
@@ -82,7 +149,12 @@ def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
 
     The first code must begin a block.
     """
-    values = dynamic_map(signed, str(codes.device)).index_select(0, codes.reshape(-1).int())
+    table = dynamic_map(signed, str(codes.device))
+    if DEQUANTIZE.runs_on(codes):
+        out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        DEQUANTIZE(codes.contiguous(), absmax, table, out)
+        return out
+    values = table.index_select(0, codes.reshape(-1).int())
     whole = values.numel() // BLOCK * BLOCK
     values[:whole].view(-1, BLOCK).mul_(absmax[: whole // BLOCK].unsqueeze(1))
     if whole < values.numel():

@@ -12,21 +12,12 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from lowmem.kernels.blockwise import BLOCK
+from lowmem.kernels.dispatch import device_type
+
+BLOCK = 256  # elements that share a scale: pieces hold whole ones
 
 SLICE_ELEMENTS = {"cuda": 2**21, "cpu": 2**18}  # 8 MiB and 1 MiB of float32
-_meta_stands_for = ["cuda"]
 _divisors = [1]
-
-
-@contextmanager
-def rehearsing(device: str) -> Iterator[None]:
-    """Inside, a tensor on meta is cut as it would be on that device."""
-    _meta_stands_for.append(device)
-    try:
-        yield
-    finally:
-        _meta_stands_for.pop()
 
 
 @contextmanager
@@ -45,11 +36,6 @@ def smaller_slices(divisor: int) -> Iterator[None]:
 def divided(elements: int) -> int:
     """Elements or rows of a piece, as `smaller_slices` says."""
     return elements // _divisors[-1]
-
-
-def device_type(tensor: Tensor) -> str:
-    """Where the tensor is; of one on meta, where it would be."""
-    return _meta_stands_for[-1] if tensor.is_meta else tensor.device.type
 
 
 def slice_elements(tensor: Tensor) -> int:

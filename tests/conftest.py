@@ -1,6 +1,7 @@
 """What several tests need: a small real corpus, and no cache but their own."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from lowmem.data.prepare import prepare
 from lowmem.data.shards import Corpus
 from lowmem.data.tokenizer import load_tokenizer
 from lowmem.kernels.vector_math import settle_vector_math
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which others do too
 
 TINY_MODEL = {
     "hidden_size": 32,

@@ -42,7 +42,12 @@ def test_the_linked_folders_are_links_without_init() -> None:
 
 def test_the_wheel_holds_commands_kernels_and_presets(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    for folder, pattern in (("cli", "*.py"), ("kernels", "*.py"), ("configs", "**/*.toml")):
+    for folder, pattern in (
+        ("cli", "*.py"),
+        ("kernels", "*.py"),
+        ("kernels", "*.cpp"),
+        ("configs", "**/*.toml"),
+    ):
         expected = {f"lowmem/{path.relative_to(ROOT)}" for path in (ROOT / folder).glob(pattern)}
         assert expected
         assert expected <= names

@@ -50,5 +50,6 @@ OTHER_VARIABLES = {
     "LOWMEM_CONFIG": "a configuration file, read before those of --config",
     "LOWMEM_OFFLINE": "1 = never ask the network",
     "LOWMEM_LOG": "debug = tracebacks",
+    "LOWMEM_KERNELS": "reference = plain PyTorch in place of every kernel",
 }
 """Variables that are no setting of a run, and what they mean."""

@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowmem.kernels.dispatch import device_type
 from lowmem.kernels.random_normal import normal
-from lowmem.kernels.slices import device_type, row_slices
+from lowmem.kernels.slices import row_slices
 
 Solver = Literal["iteration", "eigh", "svd"]
 Basis = tuple[Tensor, Tensor]

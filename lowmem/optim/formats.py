@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.kernels.blockwise import BLOCK, block_count, dequantize, quantize
+from lowmem.kernels.adam8 import Moment8
+from lowmem.kernels.blockwise import block_count, dequantize, quantize
 from lowmem.kernels.rounding import stochastic_round
-from lowmem.kernels.slices import flat_slices
+from lowmem.kernels.slices import BLOCK, flat_slices
 from lowmem.naming import seed_of
 
 State = dict[str, Tensor | int | float]
@@ -103,16 +104,19 @@ class Blockwise8:
     def load(self, state: State, key: str, piece: slice) -> Tensor:
         if key in state:
             return Float32().load(state, key, piece)
+        return dequantize(*self.codes(state, key, piece), bool(state[f"{key}.signed"]))
+
+    def codes(self, state: State, key: str, piece: slice) -> Moment8:
+        """That piece as it is stored, in the same memory."""
         codes = tensor(state, f"{key}.codes").view(-1)[piece]
-        absmax = tensor(state, f"{key}.absmax")[_blocks(piece)]
-        return dequantize(codes, absmax, bool(state[f"{key}.signed"]))
+        return Moment8(codes, tensor(state, f"{key}.absmax")[_blocks(piece)])
 
     def store(self, state: State, key: str, piece: slice, value: Tensor) -> None:
         if key in state:
             return
-        codes, absmax = quantize(value, bool(state[f"{key}.signed"]), self.floor_codes)
-        tensor(state, f"{key}.codes").view(-1)[piece] = codes
-        tensor(state, f"{key}.absmax")[_blocks(piece)] = absmax
+        found = quantize(value, bool(state[f"{key}.signed"]), self.floor_codes)
+        for kept, new in zip(self.codes(state, key, piece), found, strict=True):
+            kept.copy_(new)
 
 
 def _blocks(piece: slice) -> slice:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.adam import add_adam_direction
+from lowmem.kernels.adam8 import add_adam8_direction
 from lowmem.kernels.slices import flat_slices
 from lowmem.optim.formats import (
+    Blockwise8,
     Float32,
     Format,
     State,
@@ -142,8 +144,24 @@ class Adam:
                 target, piece, *moments, alpha=alpha * inside, betas=self.betas, eps=eps
             )
 
+        def added8(target: Tensor, piece: Tensor, at: slice, alpha: float) -> None:
+            assert isinstance(self.format, Blockwise8)
+            add_adam8_direction(
+                target,
+                piece,
+                self.format.codes(state, "exp_avg", at),
+                self.format.codes(state, "exp_avg_sq", at),
+                alpha=alpha,
+                scale=inside,
+                betas=self.betas,
+                eps=eps,
+                floor_codes=self.format.floor_codes,
+            )
+
         if is_float32(state, "exp_avg"):
             return Direction(lambda piece, at: _alone(added, piece, at), outside, added)
+        if isinstance(self.format, Blockwise8):
+            return Direction(lambda piece, at: _alone(added8, piece, at), outside, added8)
 
         def of(piece: Tensor, at: slice) -> Tensor:
             exp_avg = self.format.load(state, "exp_avg", at)

@@ -23,10 +23,11 @@ from torch import Tensor
 from lowmem.config.schema import SumFormat
 from lowmem.host_memory import Mark, SideStream, pinned_like
 from lowmem.kernels.blockwise import block_count
+from lowmem.kernels.dispatch import device_type
 from lowmem.kernels.groupwise import uniform
 from lowmem.kernels.rounding import stochastic_round
 from lowmem.kernels.signed_codes import dequantize, quantize
-from lowmem.kernels.slices import device_type, flat_slices, slice_elements
+from lowmem.kernels.slices import flat_slices, slice_elements
 
 LEAST_ELEMENTS = 4096  # smaller tensors (norms, biases) are summed in float32 whatever the format
 _PLACES = 4  # slices of host sums that may be on their way at once

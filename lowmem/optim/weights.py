@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.kernels.blockwise import BLOCK
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.rounding import stochastic_round
-from lowmem.kernels.slices import row_slices
+from lowmem.kernels.slices import BLOCK, row_slices
 
 Step = Callable[[Tensor, int, int, float], None]
 """step(rows, start, stop, alpha): add alpha * direction[start:stop] to these float32 rows of the

@@ -25,13 +25,21 @@ from typing import Any
 
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
+from lowmem.kernels.native import compiler
 from lowmem.planner.plan import Card, Plan
 
 MOST = 200  # files; beyond them the oldest go
-PACKAGES = ("torch", "numpy", "pydantic", "bitsandbytes")
-VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
+PACKAGES = ("torch", "numpy", "pydantic", "bitsandbytes", "triton")
+VARIABLES = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "LOWMEM_KERNELS",
+    "TRITON_INTERPRET",
+    "CXX",
+)
 METHODS_GROUP = "lowmem.methods"  # as optim/methods/third_party.py, whose import needs torch
-_SOURCES = (".py", ".toml")
+_SOURCES = (".py", ".toml", ".cpp")
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -49,6 +57,7 @@ def plan_key(
         "packages": {name: _version(name) for name in PACKAGES},
         "methods": list(_foreign_methods()),
         "platform": [sys.platform, platform.machine(), platform.python_version()],
+        "compiler": compiler(),
         "variables": {name: environ.get(name) for name in VARIABLES},
     }
     return _sha256(json.dumps(facts).encode())

@@ -32,9 +32,9 @@ from lowmem.config.schema import (
 )
 from lowmem.host_memory import HOST
 from lowmem.kernels.blockwise import lookup_tables
+from lowmem.kernels.dispatch import rehearsing
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.kernels.random_normal import lookup_table
-from lowmem.kernels.slices import rehearsing
 from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
 from lowmem.optim.blocks import hold_worst_window

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lowmem.kernels.blockwise import block_count, dequantize, dynamic_map, quantize
+from lowmem.kernels.blockwise import (
+    QUANTIZE,
+    block_count,
+    code_table,
+    dequantize,
+    dynamic_map,
+    quantize,
+)
+from lowmem.kernels.dispatch import forced
 
 
 def sample(count: int, signed: bool) -> torch.Tensor:
@@ -67,6 +75,62 @@ def test_floor_lifts_only_positive_underflow() -> None:
     floored, _ = quantize(x, signed=False, floor_codes=True)
     assert plain.tolist() == [255, 0, 0]
     assert floored.tolist() == [255, 1, 0]
+
+
+@pytest.mark.parametrize("choice", ["reference", "auto"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_change_exactly_at_the_midpoints(signed: bool, choice: str) -> None:
+    """Every midpoint of the map and its two neighbours, against a search in float64."""
+    values = dynamic_map(signed)
+    middle = (values[:-1] + values[1:]) / 2
+    around = [middle, *(middle.nextafter(torch.tensor(end)) for end in (-2.0, 2.0))]
+    ends = torch.tensor([0.0, -0.0, 1.0, 1e-9, 2**-23] + [-1.0, -1e-9] * signed)
+    x = torch.cat([torch.cat([*around, ends]).clamp(min=-1.0 if signed else 0.0), torch.ones(1)])
+    rows = torch.zeros(len(x), 256)
+    rows[:, 0], rows[:, 1] = x, 1.0  # a block for each, whose scale is 1
+    with forced(choice):
+        codes, _ = quantize(rows.contiguous(), signed)
+    wanted = (x.double()[:, None] > middle.double()).sum(dim=1)
+    assert torch.equal(codes[:, 0].long(), wanted)
+    # Code, bucket and limit fill no more than the low bits of an int32.
+    assert code_table(signed).amin() >= 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("count", [512, 300])
+def test_a_number_that_is_none_shows_in_its_block_only(
+    bad: float, count: int, triton_kernels: torch.device
+) -> None:
+    for choice in ("reference", "auto", "triton"):
+        x = sample(count, True).to(triton_kernels)
+        x[3] = bad
+        with forced(choice):
+            values = dequantize(*quantize(x, True), True)
+        assert not values[3].isfinite()
+        if bad != bad:
+            assert values[:256].isnan().all()
+        assert values[256:].isfinite().all()
+
+
+def test_nothing_becomes_nothing(triton_kernels: torch.device) -> None:
+    for choice in ("reference", "auto", "triton"):
+        with forced(choice):
+            codes, absmax = quantize(torch.empty(0, device=triton_kernels), True)
+            assert (codes.numel(), absmax.numel()) == (0, 0)
+            assert dequantize(codes, absmax, True).numel() == 0
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_triton_takes_every_code_where_the_reference_does(
+    signed: bool, triton_kernels: torch.device
+) -> None:
+    x = sample(5000, signed).to(triton_kernels)
+    assert QUANTIZE.runs_on(x)
+    for floor in (False, True):
+        found = quantize(x, signed, floor)
+        with forced("reference"):
+            wanted = quantize(x, signed, floor)
+        assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.gpu

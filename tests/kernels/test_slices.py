@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from lowmem.kernels import slices
 from lowmem.kernels.blockwise import BLOCK
+from lowmem.kernels.dispatch import rehearsing
 from lowmem.kernels.linear_cross_entropy import SLICE_ROWS
 from lowmem.kernels.linear_cross_entropy import row_slices as vocabulary_slices
-from lowmem.kernels.slices import flat_slices, rehearsing, row_slices, smaller_slices
+from lowmem.kernels.slices import flat_slices, row_slices, smaller_slices
 
 
 def test_a_given_size_of_groups_is_kept_in_whole_blocks() -> None:

@@ -9,7 +9,7 @@ Where lowmem differs on purpose from the contract of reference.csv:
     scales of codes    float32, and a zero point of one byte: 5 bytes a group, not 4
     basis of FRUGAL    float32, because the sign of a remainder shows the basis' rounding
     log of a method    0-dim tensors (energy, overlap, the limiter's norm, ...) of 512 bytes each
-    tables             the maps of 8-bit codes (4 KiB), of normal numbers (256 KiB) count as state
+    tables             those of 8-bit codes (49 KiB), of normal numbers (256 KiB) count as state
     norms, rest        follow `optimizer.rest`, 8-bit moments below 4096 elements being float32
     held sums          float32 in every mode, for a bf16 sum loses small gradients
     element-wise work  plain PyTorch in slices of 2^21 elements; the contract has fused kernels

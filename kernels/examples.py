@@ -1,0 +1,105 @@
+"""A case of every kernel: what `lowmem doctor --kernels` and `lowmem bench kernels` run.
+
+for example in EXAMPLES:
+    changed = example.run(*example.make(2**20, torch.device("cuda")))
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem.kernels import blockwise
+from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
+from lowmem.kernels.dispatch import Kernel, forced
+from lowmem.kernels.random_normal import normal
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """make(elements, device): arguments. run(*arguments): all that is new or has changed.
+
+    bytes: read and written per element, at least. Integers and scales have to be those of the
+    reference; tolerance: of other floats, relative to the largest of the reference.
+    """
+
+    kernel: Kernel
+    make: Callable[[int, torch.device], Tensors]
+    run: Callable[..., Tensors]
+    bytes: float
+    tolerance: float = 0.0
+
+
+def _numbers(elements: int, seed: int, device: torch.device) -> Tensor:
+    """Normal numbers over four decades, the same on every device."""
+    even = elements + elements % 2
+    spread = torch.arange(elements, device=device).remainder(5).neg().float()
+    return normal(even, seed, device=device)[:elements] * 10.0**spread
+
+
+def _moments(elements: int, device: torch.device) -> Tensors:
+    gradient, m = (_numbers(elements, seed, device) for seed in (1, 2))
+    with forced("reference"):
+        first = blockwise.quantize(m, signed=True)
+        second = blockwise.quantize(m.square(), signed=False, floor_codes=True)
+    return (torch.zeros_like(gradient), gradient, *first, *second)
+
+
+def _adam8(target: Tensor, gradient: Tensor, *moments: Tensor) -> Tensors:
+    add_adam8_direction(
+        target,
+        gradient,
+        Moment8(*moments[:2]),
+        Moment8(*moments[2:]),
+        alpha=-0.1,
+        scale=1.3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        floor_codes=True,
+    )
+    return (target, *moments)
+
+
+def _codes(elements: int, device: torch.device) -> Tensors:
+    with forced("reference"):
+        return blockwise.quantize(_numbers(elements, 1, device), signed=True)
+
+
+EXAMPLES = [
+    Example(
+        blockwise.QUANTIZE,
+        lambda elements, device: (_numbers(elements, 1, device),),
+        lambda x: blockwise.quantize(x, signed=True),
+        bytes=5 + 1 / 64,
+    ),
+    Example(
+        blockwise.DEQUANTIZE,
+        _codes,
+        lambda codes, absmax: (blockwise.dequantize(codes, absmax, signed=True),),
+        bytes=5 + 1 / 64,
+    ),
+    Example(
+        ADAM8,
+        _moments,
+        _adam8,
+        bytes=12 + 4 + 4 / 64,
+        tolerance=3e-7,  # of the step: oneMKL's sqrt may miss the last bit
+    ),
+]
+
+
+def difference(example: Example, found: Tensors, wanted: Tensors) -> str:
+    """What differs from the reference by more than it may, for people; "" where nothing does."""
+    for place, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        if ours.dtype == torch.float32 and example.tolerance:
+            least = example.tolerance * theirs.abs().amax() if theirs.numel() else 0.0
+            wrong = (ours - theirs).abs().le(least).logical_not_()
+        else:
+            wrong = ours.ne(theirs)
+        count = int(wrong.sum())
+        if count:
+            return f"{count} of {wrong.numel()} numbers of result {place} differ"
+    return ""

@@ -1,0 +1,38 @@
+"""Every kernel is tested where it can run: compiled C++, Triton interpreted, Triton on a card."""
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lowmem.kernels import native
+from lowmem.kernels.dispatch import forced
+
+_CARD = torch.cuda.is_available()
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("interpreter", marks=pytest.mark.skipif(_CARD or not _TRITON, reason="-")),
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not _CARD, reason="needs a CUDA device")],
+        ),
+    ]
+)
+def triton_kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Inside, Triton kernels run: on a card, else interpreted."""
+    device = "cuda" if request.param == "cuda" else "cpu"
+    with forced("triton"):
+        yield torch.device(device)
+
+
+@pytest.fixture
+def native_kernels() -> Iterator[torch.device]:
+    """Inside, the compiled C++ runs."""
+    if native.library() is None:
+        pytest.skip("needs a C++ compiler")
+    with forced("auto"):
+        yield torch.device("cpu")

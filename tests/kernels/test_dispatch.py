@@ -1,0 +1,118 @@
+"""Every kernel gives what its reference gives, wherever it runs, and allocates nothing."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem.errors import ConfigError, HardwareError
+from lowmem.kernels import dispatch
+from lowmem.kernels.dispatch import forced, rehearsing
+from lowmem.kernels.examples import EXAMPLES, Example, difference
+
+NAMES = [example.kernel.name for example in EXAMPLES]
+NATIVE = [example for example in EXAMPLES if example.kernel.native]
+CPU = torch.device("cpu")
+
+
+def check(example: Example, elements: int, device: torch.device) -> None:
+    """The kernel that is chosen outside against the reference."""
+    assert example.kernel.runs_on(torch.empty(0, device=device))
+    found = example.run(*example.make(elements, device))
+    with forced("reference"):
+        wanted = example.run(*example.make(elements, device))
+    assert difference(example, found, wanted) == ""
+
+
+@pytest.mark.parametrize("elements", [1, 255, 256, 257, 1024, 5003])
+@pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
+def test_triton_gives_the_numbers_of_the_reference(
+    example: Example, elements: int, triton_kernels: torch.device
+) -> None:
+    check(example, elements, triton_kernels)
+
+
+@pytest.mark.parametrize("example", NATIVE, ids=[e.kernel.name for e in NATIVE])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(elements=st.integers(1, 3000))
+def test_cpp_gives_the_numbers_of_the_reference(
+    example: Example, elements: int, native_kernels: torch.device
+) -> None:
+    check(example, elements, CPU)
+
+
+class Calls(TorchDispatchMode):
+    """Notes the operators that are called, and the arguments of lowmem's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[tuple[object, tuple[object, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "lowmem":
+            self.kernels.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
+def test_torch_accepts_the_declaration(example: Example, triton_kernels: torch.device) -> None:
+    """Schema against what is written, the version without data, and tracing by the compiler."""
+    with Calls() as calls:
+        example.run(*example.make(600, triton_kernels))
+    assert calls.kernels
+    for operator, arguments in calls.kernels:
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
+def test_meta_shows_the_results_of_the_kernel(example: Example) -> None:
+    real = example.run(*example.make(600, CPU))
+    with forced("triton"), Calls() as calls:
+        on_meta = example.run(*(each.to("meta") for each in example.make(600, CPU)))
+    assert [(t.shape, t.dtype) for t in on_meta] == [(t.shape, t.dtype) for t in real]
+    assert calls.kernels
+
+
+def test_a_device_has_the_kernels_that_are_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    kernel, meta = EXAMPLES[0].kernel, torch.empty(4, device="meta")
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
+    monkeypatch.setattr(dispatch.native, "library", lambda: None)
+    with rehearsing("cpu"):
+        assert not kernel.runs_on(meta)
+    assert not kernel.runs_on(torch.empty(4))
+    assert kernel.runs_on(meta)  # of a plan for a card
+    assert kernel.implementation("cuda") == "triton"
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: False)
+    assert kernel.implementation("cuda") == "reference"
+    monkeypatch.setattr(dispatch.native, "library", lambda: object())
+    assert kernel.implementation("cpu") == "C++"
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert kernel.implementation("cpu") == "reference"
+
+
+def test_a_choice_that_does_not_exist_names_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "tritom")
+    with pytest.raises(ConfigError, match="tritom") as caught:
+        EXAMPLES[0].kernel.runs_on(torch.empty(4))
+    assert "reference" in caught.value.why
+
+
+def test_triton_on_a_cpu_has_to_be_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with forced("triton"), pytest.raises(ConfigError, match="on the CPU"):
+        EXAMPLES[0].run(*EXAMPLES[0].make(256, CPU))
+
+
+def test_a_kernel_that_does_not_compile_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    kernel = EXAMPLES[0].kernel
+
+    def fail(*_: object) -> None:
+        raise triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory")
+
+    monkeypatch.setattr(dispatch.Kernel, "_launcher", lambda _: fail)
+    with pytest.raises(HardwareError, match=kernel.name) as caught:
+        kernel._on_cuda()
+    assert "LOWMEM_KERNELS=reference" in caught.value.fix
