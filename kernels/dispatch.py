@@ -113,6 +113,8 @@ class Kernel:
         return getattr(torch.ops.lowmem, self.name).default
 
     def __call__(self, *arguments: Any) -> None:
+        # A kernel counts elements, and would read and write others than those of a strided view.
+        assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor)), self.name
         self.operator(*arguments)
 
     def runs_on(self, tensor: Tensor) -> bool:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.kernels import blockwise
+from lowmem.kernels import blockwise, groupwise
 from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
 from lowmem.kernels.dispatch import Kernel, forced
-from lowmem.kernels.random_normal import normal
+from lowmem.kernels.random_normal import NORMAL, normal
+from lowmem.kernels.rounding import ROUND, round_into
 
 Tensors = tuple[Tensor, ...]
 
@@ -68,6 +69,35 @@ def _codes(elements: int, device: torch.device) -> Tensors:
         return blockwise.quantize(_numbers(elements, 1, device), signed=True)
 
 
+def _rounded(x: Tensor) -> Tensors:
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    round_into(out, x.clone(), seed=7, offset=2**31 - 100)  # where the index wraps
+    return (out,)
+
+
+def _groups(x: Tensor) -> Tensors:
+    count = groupwise.group_count(x.numel(), _GROUP)
+    into = groupwise.Groups(
+        torch.empty(x.shape, dtype=torch.uint8, device=x.device),
+        torch.empty(count, device=x.device),
+        torch.empty(count, dtype=torch.uint8, device=x.device),
+    )
+    groupwise.quantize_into(into, x, 8, _GROUP, at=(7, 2**31 - 100))
+    return into
+
+
+def _grouped(elements: int, device: torch.device) -> Tensors:
+    with forced("reference"):
+        return _groups(_numbers(elements, 1, device))
+
+
+def _ungrouped(*groups: Tensor) -> Tensors:
+    codes, scales, zeros = groups
+    return (groupwise.dequantize(codes, scales, zeros, _GROUP, torch.bfloat16),)
+
+
+_GROUP = 128
+
 EXAMPLES = [
     Example(
         blockwise.QUANTIZE,
@@ -87,6 +117,25 @@ EXAMPLES = [
         _adam8,
         bytes=12 + 4 + 4 / 64,
         tolerance=3e-7,  # of the step: oneMKL's sqrt may miss the last bit
+    ),
+    Example(
+        ROUND,
+        lambda elements, device: (_numbers(elements, 1, device),),
+        _rounded,
+        bytes=6,
+    ),
+    Example(
+        groupwise.QUANTIZE,
+        lambda elements, device: (_numbers(elements, 1, device),),
+        _groups,
+        bytes=5 + 5 / 128,
+    ),
+    Example(groupwise.DEQUANTIZE, _grouped, _ungrouped, bytes=3 + 5 / 128),
+    Example(
+        NORMAL,
+        lambda elements, device: (torch.empty(elements, device=device),),
+        lambda like: (normal(like.numel(), 11, offset=2**32 - 200, device=like.device),),
+        bytes=4,
     ),
 ]
 

@@ -16,7 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowmem.kernels.groupwise import Noise, dequantize, group_count, quantize, uniform
+from lowmem.kernels.groupwise import (
+    Groups,
+    Noise,
+    dequantize,
+    group_count,
+    quantize_into,
+    uniform,
+)
 
 _BITS = 8
 
@@ -110,12 +117,16 @@ class GroupedWeight:
             scales, zeros = (each.index_select(0, groups) for each in (self.scales, self.zeros))
         return dequantize(codes, scales, zeros, group, self.dtype)
 
-    def store(self, values: Tensor, noise: Tensor | None = None) -> None:
-        """Take new values: float32, contiguous, of this shape. noise: see `quantize`."""
-        found = quantize(values, _BITS, self.group, noise, self.span_zero)
-        self.codes.copy_(found.codes)
-        self.scales.copy_(found.scales)
-        self.zeros.copy_(found.zeros)
+    def store(self, values: Tensor, at: tuple[int, int] | None = None) -> None:
+        """Take new values: float32, contiguous, of this shape.
+
+        at: (seed, number of the first element) for the noise, if there is one; None: no noise.
+        """
+        into = Groups(self.codes, self.scales, self.zeros)
+        if self.noise is None or at is None:
+            quantize_into(into, values, _BITS, self.group, span_zero=self.span_zero)
+        else:
+            quantize_into(into, values, _BITS, self.group, at, self.noise, self.span_zero)
 
 
 Weight = Tensor | GroupedWeight

@@ -16,7 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem.kernels.rounding import hashed_bits
+from lowmem.kernels.dispatch import Kernel
+from lowmem.kernels.rounding import hashed_bits, seed_words, signed
+
+QUANTIZE = Kernel(
+    "group_quantize(Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) zeros, int top, "
+    "int group, bool stochastic, int low, int high, int offset, bool span_zero) -> ()",
+    triton="groupwise_triton",
+)
+DEQUANTIZE = Kernel(
+    "group_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor(a!) out, int group) -> ()",
+    triton="groupwise_triton",
+)
 
 _LEAST_RANGE = 1e-5  # of a group's values
 
@@ -25,7 +36,8 @@ Noise = Callable[[int, int, int, torch.device], Tensor]
 
 
 class Groups(NamedTuple):
-    """codes: uint8, of x's shape. scales, zeros: float32, one per group."""
+    """codes: uint8, of x's shape. scales: float32, zeros: of any dtype that holds codes, one per
+    group."""
 
     codes: Tensor
     scales: Tensor
@@ -73,6 +85,29 @@ def quantize(
     return Groups(codes.view(x.shape), scales, zeros)
 
 
+def quantize_into(
+    into: Groups,
+    x: Tensor,
+    bits: int,
+    group: int,
+    at: tuple[int, int] | None = None,
+    noise: Noise = uniform,
+    span_zero: bool = True,
+) -> None:
+    """Write the codes of x, with their scales and zero points, where they are kept; contiguous.
+
+    at: (seed, number of the first element) of the noise; None rounds to nearest.
+    """
+    if QUANTIZE.runs_on(x) and (at is None or noise is uniform):
+        seed, first = at or (0, 0)
+        words = (*seed_words(seed), signed(first))
+        QUANTIZE(x, *into, 2**bits - 1, group, at is not None, *words, span_zero)
+        return
+    drawn = None if at is None else noise(x.numel(), *at, x.device)
+    for kept, new in zip(into, quantize(x, bits, group, drawn, span_zero), strict=True):
+        kept.copy_(new)
+
+
 def _rounded_by(noise: Tensor, ratio: Tensor) -> Tensor:
     below = ratio.floor()
     return below.add_(noise < ratio.sub_(below))
@@ -90,6 +125,10 @@ def dequantize(
     zeros: of any dtype that holds them. dtype: float32 or bfloat16, which holds codes - zero
     exactly, so that the product with the float32 scale is the only thing that is rounded.
     """
+    if DEQUANTIZE.runs_on(codes):
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        DEQUANTIZE(codes.contiguous(), scales, zeros, out, group)
+        return out
     values = codes.reshape(-1).to(dtype)
     for groups, elements in _groups(values.numel(), group):
         rows = values[elements].view(groups.stop - groups.start, -1)

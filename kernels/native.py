@@ -86,5 +86,4 @@ def _plain(value: Any) -> Any:
         case float():
             return ctypes.c_double(value)
         case _:
-            assert value.is_contiguous()
             return ctypes.c_void_p(value.data_ptr())

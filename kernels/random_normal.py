@@ -10,7 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowmem.kernels.rounding import hashed_bits
+from lowmem.kernels.dispatch import Kernel
+from lowmem.kernels.rounding import hashed_bits, seed_words, signed
+
+NORMAL = Kernel(
+    "random_normal(Tensor table, Tensor(a!) out, int low, int high, int pair) -> ()",
+    triton="random_normal_triton",
+)
 
 _LEVELS = 2**16
 
@@ -33,8 +39,13 @@ def normal(count: int, seed: int, offset: int = 0, *, device: torch.device | str
 
     offset must be even.
     """
-    device = torch.device(device)
+    device, table = torch.device(device), _quantiles(str(device))
+    out = torch.empty(0, device=device)
+    if NORMAL.runs_on(out):
+        out = torch.empty(count, device=device)
+        NORMAL(table, out, *seed_words(seed), signed(offset // 2))
+        return out
     pairs = hashed_bits(-(-count // 2), seed, offset // 2, device)
     # Read as 16-bit halves, low one first on every machine that torch supports.
     halves = pairs.view(torch.int16).to(torch.int32).bitwise_and_(_LEVELS - 1)
-    return _quantiles(str(device)).index_select(0, halves[:count])
+    return table.index_select(0, halves[:count])

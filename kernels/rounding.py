@@ -12,8 +12,15 @@ Wellons' `lowbias32` and Vigna's `splitmix64` (both public domain).
 import torch
 from torch import Tensor
 
+from lowmem.kernels.dispatch import Kernel
 
-def _signed(value: int) -> int:
+ROUND = Kernel(
+    "round_bf16(Tensor x, Tensor(a!) out, int low, int high, int offset) -> ()",
+    triton="rounding_triton",
+)
+
+
+def signed(value: int) -> int:
     """The int32 with the same low 32 bits."""
     value &= 0xFFFFFFFF
     return value - 2**32 if value >= 2**31 else value
@@ -28,18 +35,32 @@ def _mixed(seed: int) -> int:
     return z ^ (z >> 31)
 
 
+def seed_words(seed: int) -> tuple[int, int]:
+    """What of a seed enters the hash: two int32."""
+    mixed = _mixed(seed)
+    return signed(mixed), signed(mixed >> 32)
+
+
 def hashed_bits(count: int, seed: int, offset: int, device: torch.device) -> Tensor:
     """`count` pseudo-random int32 numbers of 32 uniform bits, for indices offset, offset + 1, ...
 
     Integer arithmetic wraps, which torch does on every device; shifts are made logical by masks.
     """
-    mixed = _mixed(seed)
+    low, high = seed_words(seed)
     x = torch.arange(count, dtype=torch.int32, device=device)
-    x.add_(_signed(offset)).bitwise_xor_(_signed(mixed))
+    x.add_(signed(offset)).bitwise_xor_(low)
     for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, 0x846CA68B)):
-        x.bitwise_xor_((x >> shift).bitwise_and_(mask)).mul_(_signed(factor))
-        x.add_(_signed(mixed >> 32))
+        x.bitwise_xor_((x >> shift).bitwise_and_(mask)).mul_(signed(factor))
+        x.add_(high)
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def round_into(target: Tensor, x: Tensor, seed: int, offset: int = 0) -> None:
+    """target (bfloat16, contiguous) <- `stochastic_round` of x, which is consumed."""
+    if ROUND.runs_on(x):
+        ROUND(x, target, *seed_words(seed), signed(offset))
+    else:
+        target.copy_(stochastic_round(x, seed, offset))
 
 
 def stochastic_round(x: Tensor, seed: int, offset: int = 0) -> Tensor:
@@ -51,5 +72,5 @@ def stochastic_round(x: Tensor, seed: int, offset: int = 0) -> Tensor:
     # NaN and infinity take no noise: it would carry a NaN of all ones into the sign and to -0.
     noise.masked_fill_(x.view(-1).isfinite().logical_not_(), 0)
     bits = x.view(-1).view(torch.int32)
-    bits.add_(noise).bitwise_and_(_signed(0xFFFF0000))
+    bits.add_(noise).bitwise_and_(signed(0xFFFF0000))
     return x.to(torch.bfloat16)

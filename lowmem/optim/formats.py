@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem.kernels.adam8 import Moment8
 from lowmem.kernels.blockwise import block_count, dequantize, quantize
-from lowmem.kernels.rounding import stochastic_round
+from lowmem.kernels.rounding import round_into
 from lowmem.kernels.slices import BLOCK, flat_slices
 from lowmem.naming import seed_of
 
@@ -78,7 +78,7 @@ class BFloat16:
 
     def store(self, state: State, key: str, piece: slice, value: Tensor) -> None:
         seed = seed_of(number(state, "seed"), key, number(state, "step"))
-        tensor(state, key).view(-1)[piece] = stochastic_round(value, seed, piece.start)
+        round_into(tensor(state, key).view(-1)[piece], value, seed, piece.start)
 
 
 @dataclass(frozen=True)

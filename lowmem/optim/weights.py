@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
-from lowmem.kernels.rounding import stochastic_round
+from lowmem.kernels.rounding import round_into
 from lowmem.kernels.slices import BLOCK, row_slices
 
 Step = Callable[[Tensor, int, int, float], None]
@@ -115,7 +115,7 @@ def _write_floats(weight: Tensor, moved: Moved, seed: int, first_row: int) -> No
         exact = target if target.dtype == torch.float32 else target.float()
         moved(exact, start, stop)
         if exact is not target:
-            target.copy_(stochastic_round(exact, seed, (first_row + start) * width))
+            round_into(target, exact, seed, (first_row + start) * width)
 
 
 def _write_codes(weight: GroupedWeight, moved: Moved, seed: int, first_row: int) -> None:
@@ -125,5 +125,4 @@ def _write_codes(weight: GroupedWeight, moved: Moved, seed: int, first_row: int)
         rows = weight.rows(start, stop)
         exact = moved(rows.values(), start, stop)
         at = (first_row + start) * width
-        noise = weight.noise and weight.noise(exact.numel(), seed, at, exact.device)
-        rows.store(exact, noise)
+        rows.store(exact, (seed, at))

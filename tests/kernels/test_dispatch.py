@@ -1,5 +1,11 @@
 """Every kernel gives what its reference gives, wherever it runs, and allocates nothing."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +19,7 @@ from lowmem.kernels.examples import EXAMPLES, Example, difference
 
 NAMES = [example.kernel.name for example in EXAMPLES]
 NATIVE = [example for example in EXAMPLES if example.kernel.native]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -72,6 +79,47 @@ def test_meta_shows_the_results_of_the_kernel(example: Example) -> None:
         on_meta = example.run(*(each.to("meta") for each in example.make(600, CPU)))
     assert [(t.shape, t.dtype) for t in on_meta] == [(t.shape, t.dtype) for t in real]
     assert calls.kernels
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
+def test_a_strided_tensor_is_refused(example: Example, triton_kernels: torch.device) -> None:
+    with Calls() as calls:
+        example.run(*example.make(600, triton_kernels))
+    _, arguments = calls.kernels[-1]
+    for place, value in enumerate(arguments):
+        if isinstance(value, torch.Tensor) and value.numel() > 1:
+            strided = torch.stack((value, value), dim=-1)[..., 0]
+            with pytest.raises(AssertionError, match=example.kernel.name):
+                example.kernel(*arguments[:place], strided, *arguments[place + 1 :])
+
+
+CARDS = [
+    "80",
+    pytest.param("86", marks=pytest.mark.slow),
+    pytest.param("90", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_every_kernel_compiles_for_a_card_and_spills_nothing(
+    capability: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    program = Path(__file__).parent / "compile_for_cards.py"
+    own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(program), capability],
+        env=own | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["operator"] for row in rows} == set(NAMES)
+    for row in rows:
+        assert row["stack"] == row["local"] == 0, row
+        assert 0 < row["registers"] <= 128, row  # four warps of a program on every card
 
 
 def test_a_device_has_the_kernels_that_are_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,17 @@ import random
 import pytest
 import torch
 
-from lowmem.kernels.groupwise import dequantize, group_count, pack, quantize, uniform, unpack
+from lowmem.kernels.dispatch import forced
+from lowmem.kernels.groupwise import (
+    Groups,
+    dequantize,
+    group_count,
+    pack,
+    quantize,
+    quantize_into,
+    uniform,
+    unpack,
+)
 
 SIZES = [(1, 16), (15, 16), (16, 16), (17, 16), (1000, 256), (777, 100)]
 
@@ -115,6 +125,53 @@ def test_noise_is_uniform_and_belongs_to_the_element() -> None:
     shares = torch.histc(whole, bins=16, min=0, max=1) / 2**12
     assert (shares - 1).abs().max() < 0.08  # five standard errors of 1/64
     assert not torch.equal(whole, uniform(2**16, 10, 0, device))
+
+
+def into(x: torch.Tensor, group: int, zeros: torch.dtype) -> Groups:
+    count = group_count(x.numel(), group)
+    return Groups(
+        torch.zeros(x.shape, dtype=torch.uint8, device=x.device),
+        torch.zeros(count, device=x.device),
+        torch.zeros(count, dtype=zeros, device=x.device),
+    )
+
+
+@pytest.mark.parametrize(("count", "group"), [*SIZES, (3, 1), (700, 3), (5003, 256)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("span_zero", [False, True])
+def test_triton_writes_the_codes_of_the_reference(
+    count: int,
+    group: int,
+    bits: int,
+    stochastic: bool,
+    span_zero: bool,
+    triton_kernels: torch.device,
+) -> None:
+    x = sample(count).to(triton_kernels) + (0.1 if count % 2 else 0.0)
+    at = (5, 2**31 - 50) if stochastic else None
+    for zeros in (torch.uint8, torch.float32):
+        found, wanted = into(x, group, zeros), into(x, group, zeros)
+        quantize_into(found, x, bits, group, at, span_zero=span_zero)
+        dtype = torch.bfloat16 if stochastic else torch.float32
+        values = dequantize(*found, group, dtype)
+        with forced("reference"):
+            quantize_into(wanted, x, bits, group, at, span_zero=span_zero)
+            assert torch.equal(values, dequantize(*wanted, group, dtype))
+        assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_triton_shows_a_non_finite_value_in_its_group_only(
+    bad: float, triton_kernels: torch.device
+) -> None:
+    x = sample(64).to(triton_kernels)
+    x[3] = bad
+    groups = into(x, 32, torch.uint8)
+    quantize_into(groups, x, 8, 32, (1, 0))
+    values = dequantize(*groups, 32)
+    assert not values[3].isfinite()
+    assert values[32:].isfinite().all()
 
 
 @pytest.mark.gpu

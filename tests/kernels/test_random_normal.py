@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lowmem.kernels.dispatch import forced
 from lowmem.kernels.random_normal import normal
 
 COUNT = 2**20
@@ -36,3 +37,13 @@ def test_neighbours_and_other_seeds_are_uncorrelated() -> None:
 
 def test_meta_has_the_shape() -> None:
     assert normal(5, 1, device="meta").shape == (5,)
+
+
+@pytest.mark.parametrize("offset", [0, 4000, 2**32 - 20])
+@pytest.mark.parametrize("count", [0, 1, 1023, 1026])
+def test_triton_draws_the_numbers_of_the_reference(
+    count: int, offset: int, triton_kernels: torch.device
+) -> None:
+    found = normal(count, 11, offset, device=triton_kernels)
+    with forced("reference"):
+        assert torch.equal(found, normal(count, 11, offset, device=triton_kernels))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lowmem.kernels.rounding import hashed_bits, stochastic_round
+from lowmem.kernels.dispatch import forced
+from lowmem.kernels.rounding import hashed_bits, round_into, stochastic_round
 
 CPU = torch.device("cpu")
 
@@ -45,6 +46,21 @@ def test_noise_depends_on_seed_and_index_only() -> None:
     assert torch.equal(whole[300:], hashed_bits(700, seed=5, offset=300, device=CPU))
     for other in (6, 5 + 2**40):
         assert (whole == hashed_bits(1000, seed=other, offset=0, device=CPU)).sum() < 5
+
+
+@pytest.mark.parametrize("offset", [0, 12345, 2**31 - 10, 2**32 + 3])
+@pytest.mark.parametrize("count", [0, 1, 1023, 1025, 3000])
+def test_triton_rounds_every_number_as_the_reference(
+    count: int, offset: int, triton_kernels: torch.device
+) -> None:
+    x = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(triton_kernels)
+    x[1:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-40])[: max(0, count - 1)]
+    found = torch.empty_like(x, dtype=torch.bfloat16)
+    round_into(found, x.clone(), 2**60 + 7, offset)
+    with forced("reference"):
+        wanted = torch.empty_like(found)
+        round_into(wanted, x.clone(), 2**60 + 7, offset)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu

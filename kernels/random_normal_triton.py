@@ -1,0 +1,23 @@
+"""`random_normal.py` in Triton: a program makes numbers from their index, and keeps none."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowmem.kernels.rounding_triton import hashed_bits
+
+_SIZE = 1024  # elements of a program
+
+
+def random_normal(table: Tensor, out: Tensor, low: int, high: int, pair: int) -> None:
+    if out.numel():
+        grid, options = (triton.cdiv(out.numel(), _SIZE),), {"SIZE": _SIZE}
+        _normal[grid](table, out, out.numel(), low, high, pair, **options, enable_fp_fusion=False)
+
+
+@triton.jit(do_not_specialize=["low", "high", "pair"])
+def _normal(table, out, count, low, high, pair, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    bits = hashed_bits((at >> 1).to(tl.int32) + pair, low, high)
+    level = tl.where((at & 1) == 0, bits, bits >> 16) & 0xFFFF
+    tl.store(out + at, tl.load(table + level), at < count)

@@ -1,0 +1,46 @@
+"""`rounding.py` in Triton: the noise is made in registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SIZE = 1024  # elements of a program
+
+
+def round_bf16(x: Tensor, out: Tensor, low: int, high: int, offset: int) -> None:
+    if x.numel():
+        grid, options = (triton.cdiv(x.numel(), _SIZE),), {"SIZE": _SIZE}
+        bits = out.view(torch.int16)  # the interpreter makes subnormal bfloat16 zero
+        _round[grid](x, bits, x.numel(), low, high, offset, **options, enable_fp_fusion=False)
+
+
+@triton.jit
+def hashed_bits(index, low, high):
+    """The 32 bits of an index (int32) that `rounding.hashed_bits` gives; low, high: of the seed."""
+    x = index ^ low
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D + high
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261 + high  # 0x846CA68B
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+@triton.jit
+def nearest(x, dtype: tl.constexpr):
+    """float32 -> dtype, ties to even; spelt out, for Triton's interpreter cuts bfloat16 off."""
+    if dtype != tl.bfloat16:
+        return x.to(dtype)
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    kept = tl.where(x != x, bits | 0x400000, bits)  # so that NaN does not become infinity
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, kept).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["low", "high", "offset"])
+def _round(x, out, count, low, high, offset, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    value = tl.load(x + at, at < count, 0.0)
+    bits = value.to(tl.int32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    noise = tl.where(finite, hashed_bits(at.to(tl.int32) + offset, low, high) & 0xFFFF, 0)
+    tl.store(out + at, ((bits + noise) >> 16).to(tl.int16), at < count)

@@ -1,0 +1,100 @@
+"""Compile every Triton kernel for cards that are not there, as the examples launch them.
+
+    python tests/kernels/compile_for_cards.py 80 90        # compute 8.0 and 9.0
+
+Prints a line of JSON for every kernel: its registers, what it spills, and the bytes of its code.
+Triton must not be interpreted.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from lowmem.kernels.dispatch import Kernel, forced
+from lowmem.kernels.examples import EXAMPLES
+
+ELEMENTS = 4099
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and the bytes it spills to local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOL), "--dump-resource-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
+        word: int(re.findall(rf"{mark}:(\d+)", shown)[-1])
+        for word, mark in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))
+    }
+
+
+def compiled(capability: int) -> list[dict[str, Any]]:
+    """A row for every kernel that the examples launch."""
+    rows: list[dict[str, Any]] = []
+    running: list[str] = []
+
+    def launch(kernel: JITFunction, grid: Any) -> Any:
+        def compile_only(*arguments: Any, **options: Any) -> None:
+            made = kernel.warmup(*arguments, grid=grid, **options)
+            cubin = made.asm["cubin"]
+            facts = {"operator": running[-1], "capability": capability, "bytes": len(cubin)}
+            rows.append(facts | usage(cubin))
+
+        return compile_only
+
+    def call(kernel: Kernel, *arguments: Any) -> None:
+        running.append(kernel.name)
+        kernel._launcher()(*arguments)
+
+    triton.runtime.driver.set_active(Driver(capability))
+    with (
+        mock.patch.object(JITFunction, "__getitem__", launch),
+        mock.patch.object(Kernel, "__call__", call),
+    ):
+        for example in EXAMPLES:
+            with forced("reference"):
+                arguments = example.make(ELEMENTS, torch.device("cpu"))
+            with forced("triton"):
+                example.run(*arguments)
+    assert {row["operator"] for row in rows} >= {each.kernel.name for each in EXAMPLES}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("capability", type=int, nargs="+")
+    for capability in parser.parse_args().capability:
+        for row in compiled(capability):
+            print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
