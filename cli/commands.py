@@ -28,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=f"Exit codes: {_EXITS}",
 )
+bench = typer.Typer(help="Measure the parts of a training step on this machine.")
 data = typer.Typer(help="Turn text into token shards, and look at them.")
 config = typer.Typer(help="Show, check and describe configurations.")
 
@@ -379,6 +380,9 @@ def doctor(
     disk: Annotated[
         bool, typer.Option("--disk", help="speed and room of --out, for --model's checkpoints")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="every kernel against its reference, with times")
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="for bug reports; no private paths, names or tokens")
     ] = False,
@@ -391,12 +395,41 @@ def doctor(
       lowmem doctor
       lowmem doctor --resume --kills 50
       lowmem doctor --disk --model llama-1b --out runs
+      lowmem doctor --kernels
       lowmem doctor --report runs/llama-60m-galore-1
     """
     from lowmem.cli import doctor as command
 
-    asked = command.Asked(resume=kills if resume else 0, disk=disk, report=report, run=run)
+    asked = command.Asked(
+        resume=kills if resume else 0, disk=disk, report=report, kernels=kernels, run=run
+    )
     command.doctor(given, asked, as_json=json)
+
+
+def bench_kernels(given: Given, json: Json = False) -> None:
+    """Time every kernel beside its reference and beside a copy of as many bytes.
+
+    \b
+    Examples:
+      lowmem bench kernels
+      OMP_NUM_THREADS=1 lowmem bench kernels --json
+    """
+    from lowmem.cli.kernels import bench_kernels as command
+
+    command(given, as_json=json)
+
+
+def bench_optimizer(given: Given, json: Json = False) -> None:
+    """Time a step of several methods beside fused AdamW and 8-bit AdamW of other packages.
+
+    \b
+    Examples:
+      lowmem bench optimizer
+      lowmem bench optimizer --model llama-130m --json
+    """
+    from lowmem.cli.bench_optimizer import bench_optimizer as command
+
+    command(given, as_json=json)
 
 
 def prepare(
@@ -519,5 +552,8 @@ data.command("verify")(with_settings(verify))
 config.command("show")(with_settings(show, SETTINGS, files=True))
 config.command("check")(with_settings(check))
 config.command("schema")(with_settings(schema))
+bench.command("kernels")(with_settings(bench_kernels))
+bench.command("optimizer")(with_settings(bench_optimizer, named("--model"), files=True))
+app.add_typer(bench, name="bench", rich_help_panel=LOOK)
 app.add_typer(data, name="data", rich_help_panel=LOOK)
 app.add_typer(config, name="config", rich_help_panel=LOOK)

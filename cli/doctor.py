@@ -48,6 +48,7 @@ class Asked:
     resume: int = 0
     disk: bool = False
     report: bool = False
+    kernels: bool = False
     run: Path | None = None
 
 
@@ -56,7 +57,7 @@ def doctor(given: Given, asked: Asked, *, as_json: bool) -> None:
 
     HardwareError (exit 8) when something required is broken; ConfigError: several examinations.
     """
-    chosen = [flag for flag in ("resume", "disk", "report") if getattr(asked, flag)]
+    chosen = [flag for flag in ("resume", "disk", "report", "kernels") if getattr(asked, flag)]
     if len(chosen) > 1:
         flags = " and ".join(f"--{flag}" for flag in chosen)
         raise ConfigError(f"{flags} at once", "each is an examination of its own", "one of them")
@@ -70,6 +71,10 @@ def doctor(given: Given, asked: Asked, *, as_json: bool) -> None:
         from lowmem.cli.doctor_disk import doctor_disk
 
         doctor_disk(given, as_json=as_json)
+    elif asked.kernels:
+        from lowmem.cli.kernels import doctor_kernels
+
+        doctor_kernels(given, as_json=as_json)
     elif asked.report:
         from lowmem.cli.doctor_report import doctor_report
 

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lowmem.cli import doctor, doctor_disk, doctor_resume
+from lowmem.cli import doctor, doctor_disk, doctor_resume, kernels
 from lowmem.cli.doctor_resume import METHODS, trial
 from lowmem.cli.main import run
 from lowmem.data.shards import Corpus
@@ -111,3 +112,103 @@ def test_a_trial_sees_a_run_that_continued_differently(tmp_path: Path) -> None:
     doctor_resume.compare(Run.open(whole), Run.open(broken), found)
     assert (found.differing_losses, found.differing_files) == (1, 1)
     assert not found.passed
+
+
+@pytest.fixture
+def few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_ELEMENTS", 700)
+    monkeypatch.setattr(kernels, "_INTERPRETED", 300)
+    monkeypatch.setattr(kernels, "_BENCH_ELEMENTS", {"cpu": 700, "cuda": 700})
+
+
+def kernel_rows(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["kernels"]
+    return found
+
+
+def test_every_kernel_is_examined_and_timed(
+    few_elements: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lowmem.kernels.examples import EXAMPLES
+
+    assert run(["doctor", "--kernels", "--json"]) == 0
+    rows = kernel_rows(capsys)
+    assert {row["operator"] for row in rows} == {each.kernel.name for each in EXAMPLES}
+    assert all(row["state"] in ("ok", "note") for row in rows)
+    assert all((row["seconds"] is None) == ("interpreted" in row["implementation"]) for row in rows)
+    assert run(["doctor", "--kernels"]) == 0
+    assert "as the reference" in capsys.readouterr().out
+
+
+def test_a_kernel_with_wrong_numbers_exits_with_eight(
+    few_elements: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lowmem.kernels import native
+
+    if native.library() is None:
+        pytest.skip("needs a C++ compiler")
+    right = native.call
+
+    def wrong(name: str, arguments: tuple[Any, ...]) -> None:
+        right(name, arguments)
+        if name == "blockwise_quantize":
+            arguments[2][5] += 1
+
+    monkeypatch.setattr(native, "call", wrong)
+    assert run(["doctor", "--kernels", "--json"]) == 8
+    captured = capsys.readouterr()
+    states = {
+        (row["operator"], row["implementation"]): (row["state"], row["text"])
+        for row in json.loads(captured.out)["kernels"]
+    }
+    state, text = states["blockwise_quantize", "C++"]
+    assert state == "broken"
+    assert text.startswith("1 of 700")
+    assert "LOWMEM_KERNELS=reference" in captured.err
+
+
+def test_the_forced_reference_is_named(
+    few_elements: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOWMEM_KERNELS", "reference")
+    assert run(["doctor", "--kernels", "--json"]) == 0
+    here = [row for row in kernel_rows(capsys) if "interpreted" not in row["implementation"]]
+    assert {row["text"] for row in here} == {"LOWMEM_KERNELS=reference"}
+
+
+def test_a_choice_that_does_not_exist_exits_with_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOWMEM_KERNELS", "trition")
+    assert run(["doctor", "--kernels"]) == 2
+    assert "auto, reference, triton" in capsys.readouterr().err
+
+
+def test_kernels_are_timed_beside_a_copy(
+    few_elements: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lowmem.kernels import measure
+
+    monkeypatch.setattr(measure, "_COPIED_ON_CPU", 2**20)
+    assert run(["bench", "kernels", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["copy"] > 0
+    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in record["kernels"])
+    assert run(["bench", "kernels"]) == 0
+    assert "adam8" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # half a minute, of which bitsandbytes takes most
+def test_a_step_is_timed_beside_those_of_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lowmem.kernels import measure
+
+    monkeypatch.setattr(measure, "_COPIED_ON_CPU", 2**20)
+    assert run(["bench", "optimizer", "--model", "llama-tiny", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    rows = {row["optimizer"]: row for row in record["steps"]}
+    assert record["model"] == "llama-tiny"
+    assert rows["torch AdamW, fused"]["ratio"] == 1.0
+    # Both moments in 8 bits are read and written instead of 4 bytes each.
+    assert rows["lowmem adam8bit"]["bytes"] < 0.7 * rows["lowmem adamw"]["bytes"]

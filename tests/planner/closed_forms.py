@@ -12,7 +12,7 @@ Where lowmem differs on purpose from the contract of reference.csv:
     tables             those of 8-bit codes (49 KiB), of normal numbers (256 KiB) count as state
     norms, rest        follow `optimizer.rest`, 8-bit moments below 4096 elements being float32
     held sums          float32 in every mode, for a bf16 sum loses small gradients
-    element-wise work  plain PyTorch in slices of 2^21 elements; the contract has fused kernels
+    element-wise work  kernels on slices of 2^21 elements, of which some are float32
     gradient of x      float32 in the loss, for every slice of the vocabulary would round it again
     gradient handed    an input gradient is freed before its matrix is handed over
     attention          in deterministic mode, which exact resume needs: scratch for every share of
@@ -119,10 +119,10 @@ def matrix_state(case: Case, m: int, n: int) -> int:
 
 
 def tables(case: Case) -> int:
-    """Maps of 8-bit codes: two and their midpoints; quantiles that a first basis is drawn by."""
+    """Of 8-bit codes, for either sign 256 values and 5890 buckets; quantiles of a first basis."""
     eight_bit = "8bit" in (case.moments, case.rest)
     has_basis = case.method in ("galore", "fira", "frugal", "natural_galore", "cosmos")
-    return (4 * 1024 if eight_bit else 0) + (4 * 2**16 if has_basis else 0)
+    return (2 * (1024 + r5(4 * 5890)) if eight_bit else 0) + (4 * 2**16 if has_basis else 0)
 
 
 def persistent(case: Case) -> int:
@@ -140,21 +140,14 @@ def persistent(case: Case) -> int:
 # Temporaries of an update, the gradient not counted ----------------------------------------------
 
 
-def written(rows: int, width: int, form: str) -> int:
-    """Writing a step into the weight: a float32 copy of some rows, and rounding.
-
-    bf16: the copy, the noise, its absolute values and three masks. Codes: copy, noise, ratio, its
-    integer part, codes and a mask, beside scales and zero points.
-    """
-    c = min(rows, max(1, SLICE // width)) * width
-    return 15 * c if form == "bf16" else 18 * c + 6 * 4 * (c // GROUP)
+def written(rows: int, width: int) -> int:
+    """Writing a step into the weight: a float32 copy of some rows, and the rows of a product."""
+    return 6 * min(rows, max(1, SLICE // width)) * width
 
 
 def adam(elements: int, form: str) -> int:
-    """The gradient's slice in float32; unless moments are float32 also both, the direction, and
-    what rounding of the first takes: scaled values and int32 codes, or noise, values and masks."""
-    c = min(elements, SLICE)
-    return {"fp32": 4 * c, "8bit": 24 * c, "bf16": 27 * c}[form]
+    """The gradient's slice in float32; of bf16 moments also both of them and the direction."""
+    return (16 if form == "bf16" else 4) * min(elements, SLICE)
 
 
 def dense(rows: int, width: int, form: str, weights: str = "bf16", summed: bool = False) -> int:
@@ -163,7 +156,7 @@ def dense(rows: int, width: int, form: str, weights: str = "bf16", summed: bool 
     summed: of a float32 sum, whose slices need no copy.
     """
     c = min(rows, max(1, SLICE // width)) * width
-    return max((0 if summed else 4 * c) + adam(c, form), written(rows, width, weights))
+    return max((0 if summed else 4 * c) + adam(c, form), written(rows, width))
 
 
 def direction(low: int, form: str) -> int:
@@ -189,13 +182,13 @@ def received(case: Case, m: int, n: int) -> int:
         case "adamw":
             return dense(m, n, case.moments, form)
         case "galore":  # the projection is alive until the end, the direction in bf16 beside it
-            step = 2 * r5(2 * low) + written(m, n, form)
+            step = 2 * r5(2 * low) + written(m, n)
             return max(direction(low, case.moments), step, refresh(case, m, n))
         case "fira":
-            step = r5(2 * low) + written(m, n, form)
+            step = r5(2 * low) + written(m, n)
             return max(direction(low, case.moments), step, refresh(case, m, n))
         case "apollo" | "apollo_mini":
-            return max(direction(low, case.moments), written(m, n, form))
+            return max(direction(low, case.moments), written(m, n))
     raise ValueError(case.method)
 
 
@@ -397,7 +390,7 @@ def _stepped(case: Case, name: str) -> int:
     m, n = matrices(case.model)[name]
     low = max(m, n) * min(case.rank, m, n)
     if case.method == "galore" and case.mode == "fused+subspace":  # the sum is the projection
-        back = r5(2 * low) + written(m, n, case.weights)
+        back = r5(2 * low) + written(m, n)
         summed = r5(4 * low) + (adam(low, case.moments) - 4 * min(low, SLICE))
         return max(summed, back)
     if case.method == "adamw":

@@ -234,7 +234,7 @@ def test_persistent_bytes_of_7b_are_those_of_the_formula() -> None:
     states += 2 * moments(32000 * 4096) + 65 * moments(4096)
     states += 7 * 32 * 3 * 512  # figures for the log: energy, overlap, kept bases
     assert parts["weights"] == 2 * seven.parameters
-    assert parts["states"] == states + 4 * 1024  # the lookup tables of the 8-bit maps
+    assert parts["states"] == states + 2 * (1024 + 24064)  # the maps and tables of 8-bit codes
     normals = 4 * 2**16  # the quantiles from which a first basis is drawn
     assert parts["projections"] == 7 * 32 * 2 * 4096 * 1024 + normals
 
