@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *[[name] for name in ("plan", "train", "resume", "eval", "export", "sample", "methods")],
     *[[name] for name in ("sweep", "compare", "plot", "report", "reproduce", "results", "doctor")],
-    *[[name] for name in ("sweep", "compare", "plot", "report", "doctor")],
     ["bench"],
     ["bench", "kernels"],
     ["bench", "optimizer"],
