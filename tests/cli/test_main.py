@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *[[name] for name in ("plan", "train", "resume", "eval", "export", "sample", "methods")],
     *[[name] for name in ("sweep", "compare", "plot", "report", "reproduce", "results", "doctor")],
+    ["bench"],
+    ["bench", "kernels"],
+    ["bench", "optimizer"],
     ["data"],
     ["data", "prepare"],
     ["data", "info"],

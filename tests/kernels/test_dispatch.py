@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.errors import ConfigError, HardwareError
 from lowmem.kernels import dispatch
 from lowmem.kernels.dispatch import forced, rehearsing
 from lowmem.kernels.examples import EXAMPLES, Example, difference
+from tests.kernels.calls import Calls
 
 NAMES = [example.kernel.name for example in EXAMPLES]
 NATIVE = [example for example in EXAMPLES if example.kernel.native]
@@ -47,19 +47,6 @@ def test_cpp_gives_the_numbers_of_the_reference(
     example: Example, elements: int, native_kernels: torch.device
 ) -> None:
     check(example, elements, CPU)
-
-
-class Calls(TorchDispatchMode):
-    """Notes the operators that are called, and the arguments of lowmem's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels: list[tuple[object, tuple[object, ...]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace == "lowmem":
-            self.kernels.append((func, args))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
