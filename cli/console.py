@@ -212,8 +212,16 @@ def _card_lines(plan: Plan) -> list[str]:
         f" {format_bytes(memory.allocated)} allocated,"
         f" {format_bytes(memory.tensors)} tensors: {verdict}",
         *_device_line(plan),
+        *_host_lines(plan),
         *_speed_lines(plan),
     ]
+
+
+def _host_lines(plan: Plan) -> list[str]:
+    if not plan.memory.host:
+        return []
+    what = ", ".join(name for name, where in plan.choice.away() if where == "host")
+    return [f"Host    {format_bytes(plan.memory.host)} of host memory, pinned: {what}"]
 
 
 def _speed_lines(plan: Plan) -> list[str]:

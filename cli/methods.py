@@ -24,10 +24,10 @@ from lowmem.optim.method import ByRole
 from lowmem.optim.methods import METHODS, MethodSpec, method_names, method_spec
 from lowmem.optim.methods.spec import SHEET_ONLY
 from lowmem.optim.methods.third_party import package_of, refused
-from lowmem.planner.candidates import OWN, Kind, families, modes
+from lowmem.planner.candidates import OWN, Kind, curvatures, families, modes
 
 _FORMATS = ("fp32", "bf16", "8bit")
-_LETTERS = {"unfused": "U", "fused+subspace": "S", "fused": "F"}
+_LETTERS = {"unfused": "U", "fused+subspace": "S", "fused": "F", "layer-major": "L"}
 _COMPARED = "1b"  # the size at which the list compares bytes
 _STATED = ("alpha", "scale")  # easily confused, so always shown beside a recipe
 
@@ -113,9 +113,11 @@ def _record(name: str, spec: MethodSpec) -> dict[str, Any]:
 
 
 def _updates(name: str) -> list[str]:
-    """The update modes that suit a method: those that the planner tries."""
+    """The update modes that suit a method."""
     kind = families(_configured(name), read_preset(f"llama-{_COMPARED}"))[0].best
-    return list(modes(_configured(name), kind, rows=1))
+    config = _configured(name)
+    layer_major = [] if curvatures(kind, config.optimizer) else ["layer-major"]
+    return [*modes(config, kind, rows=1), *layer_major]
 
 
 def _paper(spec: MethodSpec) -> str | None:
@@ -137,7 +139,7 @@ def _list(console: Console, *, as_json: bool) -> None:
         console.result(problem)
     console.say(
         f"\nfp32, bf16, 8bit: bytes of state per parameter of llama-{_COMPARED} with such moments\n"
-        "updates: U unfused, S fused+subspace, F fused\n"
+        "updates: U unfused, S fused+subspace, F fused, L layer-major\n"
         "lowmem methods NAME shows formula, composition, arguments and recipes"
     )
 

@@ -50,9 +50,10 @@ def checked_corpus(plan: Plan, console: Console) -> "Corpus":
     """The text of a run that is about to begin; what stands in its way is told before a folder
     is made."""
     from lowmem.train.disk import require_room
-    from lowmem.train.loop import declared_bytes, require_hardware, text_of
+    from lowmem.train.loop import declared_bytes, require_hardware, require_host_memory, text_of
 
     require_hardware(plan.config)
+    require_host_memory(plan)
     corpus = corpus_of(plan.config, console)
     text_of(plan.config, corpus)
     require_room(plan.config, Path(plan.config.run.out), declared_bytes(plan.config), 0)

@@ -13,7 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowmem"
 
-FOUNDATION = {"errors", "units", "naming", "phases", "private", "tensorfile", "host_memory"}
+FOUNDATION = {
+    "errors",
+    "units",
+    "naming",
+    "phases",
+    "private",
+    "tensorfile",
+    "host_memory",
+    "transfers",
+}
 _PARTS = {*FOUNDATION, "kernels", "config.schema", "config.recompute"}
 _ALL = {*FOUNDATION, "kernels", "config", "model", "optim", "data", "planner", "train"}
 MAY_IMPORT = {
@@ -194,7 +203,10 @@ def test_only_the_command_line_prints() -> None:
     "module",
     [
         "lowmem",
-        *(f"lowmem.{name}" for name in sorted(FOUNDATION - {"tensorfile", "host_memory"})),
+        *(
+            f"lowmem.{name}"
+            for name in sorted(FOUNDATION - {"tensorfile", "host_memory", "transfers"})
+        ),
         "lowmem.config.load",
         "lowmem.config.presets",
         "lowmem.planner.plan",

@@ -25,7 +25,11 @@ Auto = Literal["auto"]
 StateFormat = Literal["fp32", "bf16", "8bit"]
 WeightFormat = Literal["fp32", "bf16", "int8"]
 Ends = Literal["exact", "int8"]
-UpdateMode = Literal["unfused", "fused+subspace", "fused"]
+UpdateMode = Literal["unfused", "fused+subspace", "fused", "layer-major"]
+MOVE_EARLY: tuple[UpdateMode, ...] = ("fused", "layer-major")
+"""Modes in which weights change before the whole gradient, and so its norm, is known."""
+BoundaryPlace = Literal["keep", "host"]
+StatePlace = Literal["device", "host"]
 Protocol = Literal["lowmem", "galore"]
 Logits = Literal["keep", "recompute"]
 SumFormat = Literal["fp32", "bf16", "int8", "host"]
@@ -208,6 +212,10 @@ class OptimizerConfig(Section):
         "fit, fit-fraction, fit-mlp",
     )
     states: StateFormat | Auto = Field(default="auto", description="how moments are stored")
+    place: StatePlace | Auto = Field(
+        default="auto",
+        description="where states live: on the device, or in host memory but for their update",
+    )
     rest: RestConfig = Field(default_factory=RestConfig)
     options: dict[str, Any] = Field(
         default_factory=dict, description="other arguments of the method, e.g. gap, scale, betas"
@@ -269,6 +277,16 @@ class TrainConfig(Section):
         default="auto",
         description="gradients summed over micro-batches as fp32, bf16 or int8, or as fp32 in host "
         "memory; auto is the first that fits",
+    )
+    boundaries: BoundaryPlace | Auto = Field(
+        default="auto",
+        description="layer-major: where the inputs of blocks wait, kept on the device or in "
+        "host memory",
+    )
+    blocks: StatePlace | Auto = Field(
+        default="auto",
+        description="layer-major: where the weights of blocks live, on the device, or in host "
+        "memory but for their use",
     )
     recompute: Auto | Recompute = Field(
         default="auto",

@@ -9,6 +9,7 @@ the embedding's are added to it, and the sum is handed over at once.
 Either may be 8-bit codes: a lookup makes floats of its tokens' rows, a product of a slice's.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,13 @@ from torch.nn import functional
 
 from lowmem.kernels.drawn_targets import drawn_targets
 from lowmem.kernels.grouped_weight import Weight
-from lowmem.kernels.linear_cross_entropy import cross_entropy, cross_entropy_backward, row_slices
+from lowmem.kernels.linear_cross_entropy import (
+    Softmax,
+    TakeRows,
+    cross_entropy,
+    cross_entropy_backward,
+    row_slices,
+)
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_backward
 from lowmem.phases import phase
 
@@ -44,21 +51,32 @@ class EmbeddingStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         model: Llama = ctx.model
-        rows, padding = model.config.vocab_size, model.config.pad_token_id
+
+        def take(start: int, rows: Tensor) -> None:
+            if ctx.tied:
+                ctx.tied[0][start : start + len(rows)].add_(rows)
+            else:
+                model.hand_rows(EMBEDDING, start, rows)
+
         with phase("gradient of embedding"):
-            # In bf16, one row after the other, a frequent token would lose most of its sum.
-            exact = grad.float()
-            for start, stop in row_slices(rows):
-                made = embedding_rows(exact, ctx.inputs, start, stop, padding).to(grad.dtype)
-                if ctx.tied:
-                    ctx.tied[0][start:stop].add_(made)
-                else:
-                    model.hand_rows(EMBEDDING, start, made)
-                del made  # before the next slice's are made
-            del exact
+            embedding_gradient(model, ctx.inputs, grad, take)
             if ctx.tied:
                 model.hand(EMBEDDING, ctx.tied.pop())
         return None, None, None, None
+
+
+def embedding_gradient(model: "Llama", inputs: Tensor, grad: Tensor, take: TakeRows) -> None:
+    """Make the embedding's gradient from `grad` (n, h), that of its output, for `take`.
+
+    inputs: (n) tokens.
+    """
+    # In bf16, one row after the other, a frequent token would lose most of its sum.
+    exact = grad.float()
+    for start, stop in row_slices(model.config.vocab_size):
+        made = embedding_rows(exact, inputs, start, stop, model.config.pad_token_id)
+        made = made.to(grad.dtype)
+        take(start, made)
+        del made  # before the next slice's are made
 
 
 def embedded(inputs: Tensor, weight: Weight) -> Tensor:
@@ -102,13 +120,7 @@ class LossStep(torch.autograd.Function):
         tied: list[Tensor],
         seed: int | None,
     ) -> Tensor:
-        y, rstd = rms_norm(x, model.model.norm.weight, model.config.rms_norm_eps)
-        if seed is not None:
-            targets = drawn_targets(y, model.head_weight, targets, seed)
-        loss, softmax = cross_entropy(
-            y, model.head_weight, targets, scale, keep_logits=model.keep_logits
-        )
-        ctx.kept = x, rstd, y, targets, scale, softmax
+        loss, ctx.kept = final_loss(model, x, targets, scale, seed)
         ctx.model, ctx.tied = model, tied
         return loss
 
@@ -116,9 +128,8 @@ class LossStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         model: Llama = ctx.model
-        x, rstd, y, targets, scale, softmax = ctx.kept
+        kept = ctx.kept
         del ctx.kept  # the loss keeps this node alive until after the last block
-        weight = model.head_weight
 
         def take(start: int, rows: Tensor) -> None:
             rows.mul_(grad)
@@ -129,11 +140,50 @@ class LossStep(torch.autograd.Function):
 
         with phase("gradient of head"):
             if model.config.tie_word_embeddings:
-                ctx.tied.append(y.new_empty(weight.shape))
-            grad_y = cross_entropy_backward(y, weight, targets, scale, softmax, take)
-            del y, softmax
-            grad_y = grad_y.mul_(grad).to(x.dtype)
+                ctx.tied.append(kept.y.new_empty(model.head_weight.shape))
+            grad_y = head_gradient(model, kept, take)
+            grad_y = grad_y.mul_(grad).to(kept.x.dtype)
         with phase("gradient of norm"):
-            weight = model.model.norm.weight
-            model.hand(NORM, rms_norm_backward(grad_y, x, weight, rstd))
-        return grad_y, None, None, None, None, None
+            grad_x = norm_gradient(model, kept, grad_y)
+        return grad_x, None, None, None, None, None
+
+
+@dataclass
+class KeptOfLoss:
+    """What the backward of `final_loss` needs; `head_gradient` takes y and the softmax out."""
+
+    x: Tensor
+    rstd: Tensor
+    targets: Tensor
+    scale: float
+    normed: list[tuple[Tensor, Softmax]]
+
+    @property
+    def y(self) -> Tensor:
+        return self.normed[0][0]
+
+
+def final_loss(
+    model: "Llama", x: Tensor, targets: Tensor, scale: float, seed: int | None
+) -> tuple[Tensor, KeptOfLoss]:
+    """Scaled sum of the cross-entropies of x (n, h), the last block's output, and `targets` (n)."""
+    y, rstd = rms_norm(x, model.model.norm.weight, model.config.rms_norm_eps)
+    if seed is not None:
+        targets = drawn_targets(y, model.head_weight, targets, seed)
+    loss, softmax = cross_entropy(
+        y, model.head_weight, targets, scale, keep_logits=model.keep_logits
+    )
+    return loss, KeptOfLoss(x, rstd, targets, scale, [(y, softmax)])
+
+
+def head_gradient(model: "Llama", kept: KeptOfLoss, take: TakeRows) -> Tensor:
+    """Gradient of the norm's output, float32 (n, h); the head's rows go to `take`."""
+    y, softmax = kept.normed.pop()
+    return cross_entropy_backward(y, model.head_weight, kept.targets, kept.scale, softmax, take)
+
+
+def norm_gradient(model: "Llama", kept: KeptOfLoss, grad_y: Tensor) -> Tensor:
+    """Gradient of x, in the memory of `grad_y`; the norm's is handed over."""
+    weight = model.model.norm.weight
+    model.hand(NORM, rms_norm_backward(grad_y, kept.x, weight, kept.rstd))
+    return grad_y

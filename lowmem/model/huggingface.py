@@ -88,6 +88,8 @@ def weights_file(model: Llama) -> tuple[str, dict[str, str]]:
 
 def folder_weights(model: Llama) -> list[tuple[str, Tensor]]:
     """(name, tensor) of what the file of the weights holds: codes where there are codes."""
+    if model.residence is not None:
+        model.residence.transfers.wait()
     return list(model.state_dict().items())
 
 

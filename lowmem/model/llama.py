@@ -10,11 +10,13 @@ Weights are no inputs of autograd: every gradient is made by hand in a fixed ord
 nobody else. The sink that is there from the beginning fills `parameter.grad` like any module.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from lowmem.config.recompute import levels_of
-from lowmem.config.schema import ModelConfig, WeightFormat
+from lowmem.config.schema import BoundaryPlace, ModelConfig, StatePlace, WeightFormat
 from lowmem.kernels import rope
 from lowmem.kernels.attention import Backend, choose_backend
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight, float_rows
@@ -23,11 +25,15 @@ from lowmem.kernels.rms_norm import rms_norm
 from lowmem.kernels.slices import row_slices
 from lowmem.kernels.vector_math import settle_vector_math
 from lowmem.model.block import Block, BlockStep, Linear, Norm, Rotation
+from lowmem.model.boundaries import Boundaries
 from lowmem.model.ends import EmbeddingStep, LossStep, embedded
 from lowmem.model.int8 import GROUP, Int8Linear
+from lowmem.model.layer_major import MicroBatches, layer_major_loss
+from lowmem.model.residence import Residence
 from lowmem.model.sink import GradientSink, ParameterGrads
 from lowmem.naming import seed_of
 from lowmem.phases import phase
+from lowmem.transfers import Transfers
 
 _DRAWN_ELEMENTS = 2**18  # random numbers that exist at a time; less than a step takes
 _ROLES = {
@@ -54,13 +60,16 @@ class Decoder(nn.Module):
         int8_ends: bool,
         dtype: torch.dtype,
         device: torch.device,
+        home: torch.device,
     ) -> None:
+        """home: of the blocks."""
         super().__init__()
         h, where = config.hidden_size, {"dtype": dtype, "device": device}
         end, linear = (Int8Linear if coded else Linear for coded in (int8_ends, int8))
         self.embed_tokens = end(h, config.vocab_size, bias=False, dtype=dtype, device=device)
         indices = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(Block(config, i, backend, linear, **where) for i in indices)
+        there = {"dtype": dtype, "device": home}
+        self.layers = nn.ModuleList(Block(config, i, backend, linear, **there) for i in indices)
         self.norm = Norm(h, **where)
 
 
@@ -76,7 +85,9 @@ class Llama(nn.Module):
     Weights are allocated uninitialised on `device`, which may be "meta". int8: the matrices of the
     blocks are 8-bit codes, and dtype is that of the rest; int8_ends: so are embedding and head.
     recompute: what blocks keep for backward. keep_logits: keep them, too, instead of making them
-    twice. attention: "auto" takes the device's own; on meta it names the rehearsed one.
+    twice. attention: "auto" takes the device's own; on meta it names the rehearsed one. boundaries:
+    where the inputs of blocks wait in layer-major order. blocks: where their weights live; from the
+    host they come for their use, in layer-major order and evaluation.
     """
 
     def __init__(
@@ -90,6 +101,8 @@ class Llama(nn.Module):
         recompute: str = "keep",
         keep_logits: bool = False,
         attention: str = "auto",
+        boundaries: BoundaryPlace = "keep",
+        blocks: StatePlace = "device",
     ) -> None:
         super().__init__()
         device = torch.device(device)
@@ -98,13 +111,23 @@ class Llama(nn.Module):
         self.config, self.int8, self.int8_ends = config, int8, int8_ends
         self.recompute, self.keep_logits = recompute, keep_logits
         self.backend = choose_backend(attention, device, dtype, config.head_dim)
-        self.model = Decoder(config, self.backend, int8, int8_ends, dtype, device)
+        home = torch.device("cpu") if blocks == "host" and device.type == "cuda" else device
+        self.model = Decoder(config, self.backend, int8, int8_ends, dtype, device, home)
+        self.residence: Residence | None = None
+        if blocks == "host":
+            self.residence = Residence(self.blocks, Transfers(device))
         if not config.tie_word_embeddings:
             h, vocabulary = config.hidden_size, config.vocab_size
             end = Int8Linear if int8_ends else Linear
             self.lm_head = end(h, vocabulary, bias=False, dtype=dtype, device=device)
         self.sink: GradientSink = ParameterGrads(self)
+        self.boundaries = Boundaries(boundaries)
         self._longest_rotation: Rotation | None = None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """From the first to the last."""
+        return [block for block in self.model.layers if isinstance(block, Block)]
 
     @property
     def head_weight(self) -> Weight:
@@ -120,12 +143,32 @@ class Llama(nn.Module):
         """
         return self._loss(inputs, targets, total_tokens, None)
 
+    def here(self, index: int, then: int, *, changes: bool = False) -> AbstractContextManager[None]:
+        """Inside, a block's weights are on the device; those of block `then`, if any, come next."""
+        if self.residence is None:
+            return nullcontext()
+        return self.residence.here(index, then, changes=changes)
+
+    def away(self) -> set[str]:
+        """Names of the weights that live in host memory."""
+        if self.residence is None:
+            return set()
+        return {name for name in self.weights() if name.startswith("model.layers.")}
+
+    def layer_major_loss(
+        self, micro_batches: MicroBatches, total_tokens: int, count: int
+    ) -> Tensor:
+        """The loss of a whole update, whose gradients are made and handed over block by block."""
+        return layer_major_loss(self, micro_batches, total_tokens, count)
+
     def drawn_loss(self, inputs: Tensor, targets: Tensor, total_tokens: int, seed: int) -> Tensor:
         """The same for targets drawn from the model's own predictions, where there are targets."""
         return self._loss(inputs, targets, total_tokens, seed)
 
     def _loss(self, inputs: Tensor, targets: Tensor, total_tokens: int, seed: int | None) -> Tensor:
-        rotation = self._rotation(inputs.shape[1])
+        if self.residence is not None:
+            raise ValueError("blocks in host memory are trained in layer-major order")
+        rotation = self.rotation(inputs.shape[1])
         tied: list[Tensor] = []  # the head's gradient waits for the embedding's
         with phase("embedding"):
             x = EmbeddingStep.apply(self._anchor(), inputs, self, tied)
@@ -205,15 +248,15 @@ class Llama(nn.Module):
 
     def _final(self, inputs: Tensor) -> Tensor:
         """Normalised output of the last block, (b * t, h); keeps nothing."""
-        rotation = self._rotation(inputs.shape[1])
+        rotation = self.rotation(inputs.shape[1])
         with phase("embedding"):
             x = embedded(inputs.reshape(-1), self.model.embed_tokens.weight)
         for index, block in enumerate(self.model.layers):
-            with phase(f"forward of block {index + 1}"):
+            with phase(f"forward of block {index + 1}"), self.here(index, then=index + 1):
                 x = block(x, rotation, "full")[0]
         return rms_norm(x, self.model.norm.weight, self.config.rms_norm_eps)[0]
 
-    def _rotation(self, length: int) -> Rotation:
+    def rotation(self, length: int) -> Rotation:
         """Rotary tables of a sequence length: the beginning of those of the longest so far."""
         longest = self._longest_rotation
         if longest is None or len(longest[0]) < length:

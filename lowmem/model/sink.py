@@ -1,6 +1,6 @@
 """What a model does with its gradients: it hands them to a sink and forgets them."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ class GradientSink(Protocol):
 
     def receive_rows(self, name: str, start: int, rows: Tensor) -> None:
         """The rows start, start + 1, ... of the gradient of a matrix."""
+
+
+@runtime_checkable
+class CountingSink(GradientSink, Protocol):
+    """A sink for layer-major order, where every weight has several gradients in a row."""
+
+    def expect(self, left: int) -> None:
+        """What comes next is the last but so many of its weight's gradients in this update."""
 
 
 class ParameterGrads:

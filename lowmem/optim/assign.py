@@ -146,8 +146,9 @@ def build_optimizer(
     head_dim: int,
     sums: SumFormat = "fp32",
 ) -> Optimizer:
-    """The optimizer of a model, with all its state allocated on the weights' devices."""
-    optimizer = Optimizer(mode, seed, sums=sums)
+    """The optimizer of a model, with all its state allocated where `config.place` says."""
+    place = "device" if config.place == "auto" else config.place
+    optimizer = Optimizer(mode, seed, place, sums=sums)
     for item in assign(config, weights, roles, head_dim):
         optimizer.add(item.name, weights[item.name], item.method, item.weight_decay, item.place)
     return optimizer

@@ -175,3 +175,4 @@ def hold_worst_window(optimizer: Optimizer) -> None:
         _free(slot.state)
         if position in worst_window(elements, method.density, method.order):
             method.allocate(like(slot.weight), slot.state)
+    optimizer.put_states_away()

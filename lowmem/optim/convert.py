@@ -93,11 +93,12 @@ def convert(
     method of another package cannot take it over.
     """
     changes: dict[How, Change] = {}
+    device = optimizer.device
     for name, saved in _by_weight(written, tensors, numbers):
         slot = optimizer.slots[name]
-        device = slot.weight.device
         here = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()}
-        change = _taken_over(name, written.slots[name].method, here, slot)
+        with optimizer.state_here(name):
+            change = _taken_over(name, written.slots[name].method, here, slot)
         changes.setdefault(change.how, Change(change.how)).join(change)
     optimizer.updates = updates
     return list(changes.values())

@@ -8,6 +8,7 @@
     fused+subspace   its projection (the gradient for methods     in step()
                      that need it whole)
     fused            nothing                                      at once, in the middle of backward
+    layer-major      the gradient itself, of one block            at its last micro-batch
 
 Gradients may arrive in row slices (`receive_rows`). They are added to what is kept, or in `fused`
 mode applied slice by slice; only a method that must see the whole gets it put together first.
@@ -24,18 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.config.schema import SumFormat, UpdateMode
+from lowmem.config.schema import MOVE_EARLY, StatePlace, SumFormat, UpdateMode
 from lowmem.errors import CheckpointError
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.naming import seed_of
 from lowmem.optim.formats import State
+from lowmem.optim.host_states import HostStates
 from lowmem.optim.method import ByRows, Method, Reallocating, RowUpdate
 from lowmem.optim.place import Place
 from lowmem.optim.sums import Held, Staging, Sum, empty_sum, is_tensor, square
 from lowmem.optim.weights import Step, aligned, like, row_bounds, rows_of, write
 from lowmem.phases import phase
+from lowmem.transfers import Transfers
 
 SUMMED = ("kept_bases",)  # of the diagnostics: counts
+_WHOLE: tuple[UpdateMode, ...] = ("unfused", "layer-major")  # modes that sum the gradient itself
 
 
 @dataclass
@@ -74,25 +78,35 @@ class Slot:
 class Optimizer:
     """Updates named weights, each by its own method; `add` puts them in its charge.
 
-    seed: of the run, for stochastic rounding. sums: the format of sums over micro-batches. staging:
-    what host sums need on the device. writing: a context around everything that changes states or
-    weights, in which an error leaves them half changed. moved: some weights have had their step of
-    this update, and others have not.
+    seed: of the run, for stochastic rounding. states: where they live between updates; "host" is
+    for modes that do not need them before the sums are complete. sums: the format of sums over
+    micro-batches. staging: what host sums need on the device. writing: a context around everything
+    that changes states or weights, in which an error leaves them half changed. moved: some weights
+    have had their step of this update, and others have not.
     """
 
     mode: UpdateMode
     seed: int
+    states: StatePlace = "device"
     slots: dict[str, Slot] = field(default_factory=dict)
+    away: Collection[str] = ()  # weights that live in host memory
     updates: int = 0  # begun so far, the present one included
     lr: float = 0.0
     sums: SumFormat = "fp32"
     staging: Staging | None = None
     writing: Callable[[], AbstractContextManager[object]] = nullcontext
     moved: bool = False
+    left: int = 0  # layer-major: gradients of the same weight after the one that comes next
     _micro_batches: int = 1
     _squares: list[Tensor] = field(default_factory=list)
+    _square_of: dict[str, Tensor] = field(default_factory=dict)  # layer-major: by weight
     _coefficient: Tensor | None = None
     _held_only: Collection[str] | None = None
+    _host: HostStates | None = None
+
+    def __post_init__(self) -> None:
+        if self.states == "host" and self.mode not in _WHOLE:
+            raise ValueError(f"{self.mode} updates need the states at every micro-batch")
 
     def add(
         self,
@@ -103,7 +117,8 @@ class Optimizer:
         place: Place = Place(),  # noqa: B008 - frozen
     ) -> None:
         """Take charge of a weight and allocate all its state. The seeds of `place` are ours."""
-        weight = weight.detach() if isinstance(weight, Tensor) else weight
+        if isinstance(weight, Tensor) and weight.requires_grad:
+            weight = weight.detach()  # in the same memory
         with torch.no_grad():
             own = replace(place, seed=seed_of(self.seed, name), run_seed=self.seed)
             example = like(weight)
@@ -111,12 +126,35 @@ class Optimizer:
             if self.sums == "host" and self.staging is None:
                 self.staging = Staging(example)
         self.slots[name] = Slot(weight, method, weight_decay, state)
+        if self.states == "host":
+            if self._host is None:
+                self._host = HostStates(Transfers(weight.device))  # the embedding's comes first
+            self._host.put_away(name, state)
+
+    @property
+    def device(self) -> torch.device:
+        """Where updates are made."""
+        outside = (slot for name, slot in self.slots.items() if name not in self.away)
+        return next(outside).weight.device
+
+    @property
+    def transfers(self) -> Transfers | None:
+        """What moves states between host and device; None where they are on the device."""
+        return None if self._host is None else self._host.transfers
+
+    def put_states_away(self) -> None:
+        """To the host, where they live there, with what was allocated since they came from it."""
+        if self._host is not None:
+            for name, slot in self.slots.items():
+                self._host.put_away(name, slot.state)
 
     def attach(self, model: nn.Module) -> None:
         """Receive the model's gradients as they appear in backward.
 
         Our decoder hands them over itself; any other module gets a hook per parameter.
         """
+        if hasattr(model, "away"):
+            self.away = model.away()  # type: ignore[operator]
         if hasattr(model, "sink"):
             setattr(model, "sink", self)  # noqa: B010 - no field of nn.Module
             return
@@ -139,6 +177,7 @@ class Optimizer:
         self.updates += 1
         self.moved = False
         self._squares.clear()
+        self._square_of.clear()
         self._coefficient = None
         for slot in self.slots.values():
             slot.arriving = None
@@ -154,16 +193,18 @@ class Optimizer:
                 with phase("hold"):
                     self._hold(name, grad)
             return
-        if self.mode != "unfused":
+        if self.mode not in _WHOLE:
             if slot.kept is None:  # the first micro-batch decides the subspace
                 self.prepare(slot, lambda: slot.method.refresh(grad, slot.state))
             if self.mode == "fused":
                 self._squares.append(square(grad))
         with phase("hold"):
-            if self.mode != "unfused":
+            if self.mode not in _WHOLE:
                 grad = slot.method.compress(grad, slot.state)
             self._hold(name, grad)
-        if self.mode == "fused":
+        if self.mode == "layer-major":
+            self._advance(name)
+        elif self.mode == "fused":
             self.apply(name)
 
     @torch.no_grad()
@@ -178,7 +219,7 @@ class Optimizer:
         if self._held_only is not None and name not in self._held_only:
             return
         by_rows = _goes_by_rows(slot.method)
-        held = self._held_only is not None or self.mode == "unfused"
+        held = self._held_only is not None or self.mode in _WHOLE
         arriving = _next_rows(slot, name, start, len(rows))
         if held or (by_rows and self.mode == "fused+subspace"):
             with phase("hold"):
@@ -195,6 +236,23 @@ class Optimizer:
             slot.arriving = None
             if arriving.whole is not None:
                 self.receive(name, arriving.whole)
+            elif self.mode == "layer-major":
+                self._advance(name)
+
+    def expect(self, left: int) -> None:
+        """In layer-major mode: `left` more gradients of the same weight follow the next one.
+
+        With the last of them the weight's sum is complete, and applied at once.
+        """
+        self.left = left
+
+    def _advance(self, name: str) -> None:
+        """Apply a sum that is complete; before the last gradient its state is sent for."""
+        if self.left == 0:
+            self.apply(name)
+        elif self.left == 1 and self._host is not None:
+            with phase("update"):
+                self._host.call(name, self.slots[name].state)
 
     def prepare(self, slot: Slot, change: Callable[[], None], name: str = "refresh") -> None:
         """Change the state before the step, unless a repeated update has done so already."""
@@ -250,8 +308,10 @@ class Optimizer:
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """Global norm of what is kept, before clipping; in `fused` mode of the whole gradient."""
-        if self.mode != "fused":
+        """Global norm of what is kept, before clipping; where nothing is, of the whole gradient."""
+        if self.mode == "layer-major":
+            self._squares = [self._square_of[n] for n in self.slots if n in self._square_of]
+        elif self.mode != "fused":
             kept = [slot.kept for slot in self.slots.values() if slot.kept is not None]
             self._squares = [square(piece) for piece in kept]
         return torch.stack(self._squares).sum().sqrt()
@@ -264,7 +324,7 @@ class Optimizer:
         afterwards": the same, known when the weights have moved. "projections": what is kept of
         it. "gradient and projections": whole gradients of some weights, projections of others.
         """
-        if self.mode == "fused":
+        if self.mode in MOVE_EARLY:
             return "gradient, afterwards"
         whole = {slot.method.needs.full_gradient for slot in self.slots.values()}
         if self.mode == "unfused" or whole == {True}:
@@ -273,8 +333,8 @@ class Optimizer:
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scale this update so that its norm is at most max_norm. No host synchronisation."""
-        if self.mode == "fused":
-            raise ValueError("fused updates cannot be clipped: weights have already changed")
+        if self.mode in MOVE_EARLY:
+            raise ValueError(f"{self.mode} updates cannot be clipped: weights have already changed")
         self._coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
     @torch.no_grad()
@@ -284,7 +344,7 @@ class Optimizer:
         kept, slot.kept = slot.kept, None
         assert kept is not None, f"{name} has received no gradient"
         self.moved = True
-        with phase("update"), self.writing():
+        with phase("update"), self.state_here(name), self.writing():
             if not isinstance(kept, Tensor):
                 if _goes_by_rows(slot.method):
                     self._apply_sum_by_rows(name, kept)
@@ -292,7 +352,9 @@ class Optimizer:
                 kept = kept.whole()
             if self._coefficient is not None:
                 kept.mul_(self._coefficient)
-            if self.mode == "unfused":
+            if self.mode == "layer-major":
+                self._square_of[name] = square(kept)
+            if self.mode in _WHOLE:
                 with phase("refresh"):
                     slot.method.refresh(kept, slot.state)
                 kept = slot.method.compress(kept, slot.state)
@@ -311,6 +373,11 @@ class Optimizer:
                 rows.mul_(self._coefficient)
             self.apply_rows(name, start, rows)
         slot.arriving = None
+
+    def state_here(self, name: str) -> AbstractContextManager[None]:
+        """Inside, the state of this weight is on the device."""
+        host = self._host
+        return nullcontext() if host is None else host.here(name, self.slots[name].state)
 
     @torch.no_grad()
     def apply_rows(self, name: str, start: int, rows: Tensor) -> None:
@@ -349,8 +416,9 @@ class Optimizer:
     def discard(self) -> None:
         """Drop what is kept, so that this update makes no step.
 
-        Weights and moments are as before it, but in `fused` mode. A subspace that was chosen from
-        the first micro-batch is chosen again in the next update, for no counter has moved.
+        Weights and moments are as before it, but in modes that move early. A subspace that was
+        chosen from the first micro-batch is chosen again in the next update, for no counter has
+        moved.
         """
         for slot in self.slots.values():
             slot.kept = None
@@ -384,7 +452,9 @@ class Optimizer:
         return dict(zip(together, torch.stack(figures).tolist(), strict=True)) if figures else {}
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """("<parameter>/<state key>", tensor) of everything that varies."""
+        """("<parameter>/<state key>", tensor) of everything that varies, where it lives."""
+        if self._host is not None:
+            self._host.transfers.wait()
         for name, slot in self.slots.items():
             for key, value in slot.state.items():
                 if isinstance(value, Tensor):
@@ -410,6 +480,7 @@ class Optimizer:
         for name, slot in self.slots.items():
             if isinstance(slot.method, Reallocating):
                 slot.method.reallocate(like(slot.weight), slot.state, numbers.get(name, {}))
+        self.put_states_away()
         own = dict(self.state_tensors())
         for key, value in tensors:
             mine = own.pop(key, None)

@@ -7,14 +7,18 @@ method's sheet says for a model of that size unless the user wants the largest t
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lowmem.config.presets import read_preset
 from lowmem.config.schema import (
+    MOVE_EARLY,
+    Auto,
+    BoundaryPlace,
     Config,
     Ends,
     ModelConfig,
     OptimizerConfig,
+    StatePlace,
     SumFormat,
     UpdateMode,
     WeightFormat,
@@ -27,6 +31,9 @@ from lowmem.optim.methods import METHODS, MethodSpec, build_method, method_spec
 from lowmem.optim.methods.spec import SHEET_ONLY
 from lowmem.planner.quality import Penalty, automatic, penalty
 
+T = TypeVar("T")
+BOUNDARIES: tuple[BoundaryPlace, ...] = ("keep", "host")  # on the device first
+PLACES: tuple[StatePlace, ...] = ("device", "host")
 LEAST_SHARE = 8  # of the sheet's rank, below which the planner does not go unasked
 RANK_STEP = 8  # tensor cores want multiples of it; of small ranks every one is tried
 _SMALLEST_RANK = 4  # unless the sheet says less
@@ -272,24 +279,127 @@ def check_curvature(config: Config, asked: dict[str, str]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Way:
+    """How an update is made, and what of it lives in host memory."""
+
+    update: UpdateMode
+    boundaries: BoundaryPlace = "keep"
+    place: StatePlace = "device"
+    blocks: StatePlace = "device"
+
+
+def ways(config: Config, kind: Kind, rows: int) -> list[Way]:
+    """Update modes with every place that states and block inputs may have, best modes first.
+
+    ConfigError for contradictions. Host memory is taken in layer-major order, where the user has
+    chosen that and left the place open, and where it was asked for.
+    """
+    found: list[Way] = []
+    for mode in modes(config, kind, rows):
+        if mode == "layer-major":
+            found += [
+                Way(mode, boundaries, place, blocks)
+                for boundaries in _open(config, config.train.boundaries, BOUNDARIES)
+                for place in _open(config, config.optimizer.place, PLACES)
+                for blocks in _open(config, config.train.blocks, PLACES)
+                if blocks == "device" or place == "host"
+            ]
+        else:
+            found.append(Way(mode, place=_settled_place(config)))
+    return found
+
+
+def _open(config: Config, given: T | Auto, both: tuple[T, ...]) -> tuple[T, ...]:
+    """What was given, or both where that is open; a CPU has no other memory than the host's."""
+    if given != "auto":
+        return (settled(given),)
+    return both if config.train.device == "cuda" else both[:1]
+
+
+def _settled_place(config: Config) -> StatePlace:
+    return "device" if config.optimizer.place == "auto" else settled(config.optimizer.place)
+
+
 def modes(config: Config, kind: Kind, rows: int) -> list[UpdateMode]:
     """Update modes that do what was asked, best first. ConfigError for contradictions."""
     wanted, clip = config.train.update, config.train.clip
+    check_places(config)
     asked = curvatures(kind, config.optimizer)
     if asked:
         check_curvature(config, asked)
         return ["unfused"]
     if wanted == "fused":
         check_fused(config, rows)
+    if wanted == "layer-major":
+        check_layer_major(config)
     if wanted != "auto":
         return [settled(wanted)]
+    if config.train.boundaries != "auto" or config.train.blocks == "host":
+        check_layer_major(config)
+        return ["layer-major"]
     found: list[UpdateMode] = ["unfused"]
+    if config.optimizer.place == "host":
+        return found
     if sums_projected(kind, config.optimizer):
         found.append("fused+subspace")
     keeps_none = not isinstance(clip, float) and config.train.sums in ("auto", "fp32")
     if keeps_none and config.train.micro_batch in ("auto", rows):
         found.append("fused")
     return found
+
+
+def check_places(config: Config) -> None:
+    """ConfigError where something is to live in host memory that the update mode needs always."""
+    update = config.train.update
+    if config.train.boundaries != "auto" and update not in ("auto", "layer-major"):
+        raise ConfigError(
+            f'train.boundaries = "{config.train.boundaries}" with train.update = "{update}"',
+            "only in layer-major order do the inputs of blocks wait for other micro-batches",
+            "--update layer-major, or no --boundaries",
+        )
+    if config.train.blocks == "host" and update not in ("auto", "layer-major"):
+        raise ConfigError(
+            f'train.blocks = "host" with train.update = "{update}"',
+            "in other orders every micro-batch would fetch the weights of all blocks",
+            "--update layer-major, or --blocks device",
+        )
+    if config.train.blocks == "host" and config.optimizer.place == "device":
+        raise ConfigError(
+            'train.blocks = "host" with optimizer.place = "device"',
+            "the states of a weight are larger than the weight, and needed less often",
+            "--place host, or --blocks device",
+        )
+    if config.optimizer.place == "host" and update in ("fused", "fused+subspace"):
+        raise ConfigError(
+            f'optimizer.place = "host" with train.update = "{update}"',
+            "subspaces are needed for the gradient of every micro-batch, in the middle of backward",
+            "--update layer-major or unfused, or --place device",
+        )
+
+
+def check_layer_major(config: Config) -> None:
+    """ConfigError where layer-major order cannot do what else was asked."""
+    if isinstance(config.train.clip, float):
+        raise ConfigError(
+            f"train.clip = {config.train.clip} with layer-major order",
+            "the last block has been updated before the gradient of the first is known, and with "
+            "it the norm",
+            "--clip off (the norm is in the log, known after the update), or --update unfused",
+        )
+    if config.train.sums not in ("auto", "fp32"):
+        raise ConfigError(
+            f'train.sums = "{config.train.sums}" with layer-major order',
+            "the sums of one block are in memory at a time, so they are exact",
+            "--sums fp32, or another --update",
+        )
+    if config.train.recompute not in ("auto", "full"):
+        raise ConfigError(
+            f'train.recompute = "{config.train.recompute}" with layer-major order',
+            "a block has seen all micro-batches before its backward begins, so it keeps nothing "
+            "but its inputs",
+            "--recompute full, or another --update",
+        )
 
 
 def check_fused(config: Config, rows: int) -> None:
@@ -320,5 +430,5 @@ def clip_of(config: Config, mode: UpdateMode) -> float | None:
     """The gradient norm limit of that mode; None is off."""
     clip = config.train.clip
     if clip == "auto":
-        return None if mode == "fused" else CLIP
+        return None if mode in MOVE_EARLY else CLIP
     return clip if isinstance(clip, float) else None

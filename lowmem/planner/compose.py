@@ -31,6 +31,7 @@ from lowmem.optim.sums import square as square_of
 from lowmem.phases import current_phase
 from lowmem.planner.plan import Choice
 from lowmem.planner.rehearse import (
+    VISITED,
     LiveBytes,
     evaluate,
     model_on_meta,
@@ -55,8 +56,9 @@ def kin(name: str) -> str:
     return _BLOCK_NAME.sub("", name)
 
 
-Piece = tuple[int, int, bool]
-"""Of a gradient: first row, rows, and whether it is handed as a whole."""
+Piece = tuple[int, int, bool, int]
+"""Of a gradient: first row, rows, whether it is handed as a whole, and how many micro-batches of a
+layer-major update are left."""
 Pieces = Mapping[str, list[Piece]]
 
 
@@ -90,15 +92,18 @@ class Pass:
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """passes: one, or the first and a later micro-batch. resting: bytes after the last of them.
+    """passes: one, or the first and a later micro-batch; in layer-major order one, with all of
+    them. resting: bytes after the last of them.
     evaluation: the peak of an evaluation batch. pieces: kin of a weight -> of its gradient, as
-    they are handed.
+    they are handed. layer_major: the blocks are the first, others and the last of one level, as
+    many as the model has or LIKE.
     """
 
     passes: list[Pass]
     resting: int
     evaluation: int
     pieces: dict[str, list[Piece]]
+    layer_major: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,15 +190,15 @@ class _Recorder(LiveBytes):
 class _Listener(Optimizer):
     """In the optimizer's place: it tells the recorder and keeps nothing."""
 
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__("unfused", 0)
+    def __init__(self, recorder: _Recorder, mode: UpdateMode) -> None:
+        super().__init__("layer-major" if mode == "layer-major" else "unfused", 0)
         self.recorder = recorder
 
     def receive(self, name: str, grad: Tensor) -> None:
-        self.recorder.hand(name, (0, len(grad), True))
+        self.recorder.hand(name, (0, len(grad), True, self.left))
 
     def receive_rows(self, name: str, start: int, rows: Tensor) -> None:
-        self.recorder.hand(name, (start, len(rows), False))
+        self.recorder.hand(name, (start, len(rows), False, self.left))
 
     def norm(self) -> Tensor:
         return torch.empty(0, device="meta")
@@ -204,13 +209,23 @@ class _Listener(Optimizer):
 
 def model_bytes(model: ModelConfig, choice: Choice, seq_len: int, attention: str) -> ModelBytes:
     """Rehearse the choice's micro-batch on a model with one block of each level, and the last."""
-    small = model.model_copy(update={"num_hidden_layers": len(LIKE)})
+    blocks = len(LIKE)
+    if choice.update == "layer-major":  # there the first and the last are different
+        blocks = min(blocks, model.num_hidden_layers)
+    small = model.model_copy(update={"num_hidden_layers": blocks})
     logits = choice.logits == "keep"
     llama = model_on_meta(
-        small, choice.weights, RECOMPUTE, attention, keep_logits=logits, ends=choice.ends
+        small,
+        choice.weights,
+        "full" if choice.update == "layer-major" else RECOMPUTE,
+        attention,
+        keep_logits=logits,
+        ends=choice.ends,
+        boundaries=choice.boundaries,
+        blocks=choice.blocks,
     )
     recorder = _Recorder(llama, scratch=attention != "cpu")
-    listener = _Listener(recorder)
+    listener = _Listener(recorder, choice.update)
     listener.attach(llama)
     with recorder, standing_for(attention):
         loss_and_norm = update(llama, listener, choice, seq_len)
@@ -221,7 +236,7 @@ def model_bytes(model: ModelConfig, choice: Choice, seq_len: int, attention: str
     pieces = {
         kin(name): found[: len(found) // len(passes)] for name, found in recorder.pieces.items()
     }
-    return ModelBytes(passes, resting, recorder.peak, pieces)
+    return ModelBytes(passes, resting, recorder.peak, pieces, choice.update == "layer-major")
 
 
 def _passes(sections: Iterable[Section]) -> list[Pass]:
@@ -280,8 +295,8 @@ def _depth(owner: Optimizer) -> int:
 
 def _costs(tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Pieces) -> dict[str, Cost]:
     """Every call for each weight; once for those of different blocks with the same state."""
-    micro_batches = min(choice.accumulate, 2)
-    owner.begin(0.0, micro_batches)
+    owner.begin(0.0, choice.accumulate)
+    passes = 1 if choice.update == "layer-major" else min(choice.accumulate, VISITED[choice.update])
     known: dict[str, Cost] = {}
     found = {}
     for name, slot in owner.slots.items():
@@ -291,7 +306,7 @@ def _costs(tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Pieces)
             host = tracker.host
             received = [
                 [_received(tracker, owner, name, piece) for piece in pieces[kin(name)]]
-                for _ in range(micro_batches)
+                for _ in range(passes)
             ]
             host = tracker.host - host
             square = _squared(tracker, slot)
@@ -303,7 +318,8 @@ def _costs(tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Pieces)
 def _received(tracker: LiveBytes, owner: Optimizer, name: str, piece: Piece) -> Call:
     """The gradient itself is there before, and gone after unless the optimizer keeps it."""
     weight, before = owner.slots[name].weight, tracker.live
-    start, rows, whole = piece
+    start, rows, whole, left = piece
+    owner.expect(left)
     gradient = torch.empty((rows, *weight.shape[1:]), dtype=weight.dtype, device="meta")
     tracker.peak = held = tracker.live
     if whole:
@@ -356,7 +372,11 @@ def compose(model: ModelBytes, optimizer: OptimizerBytes, recompute: str, blocks
 
     blocks: of the whole model.
     """
-    like = [LIKE.index(level) for level in levels_of(recompute, blocks)[:-1]] + [len(LIKE) - 1]
+    if model.layer_major:
+        like = list(range(min(blocks, len(LIKE))))
+        like[1:1] = [1] * (blocks - len(like))
+    else:
+        like = [LIKE.index(level) for level in levels_of(recompute, blocks)[:-1]] + [len(LIKE) - 1]
     held = most = 0
     for number, each in enumerate(model.passes):
         for moments, shift, block in _in_time(each, like):

@@ -47,9 +47,12 @@ def _variations(job: Job, choice: Choice) -> Iterator[tuple[str, Choice]]:
     summed = not asked and sums_projected(kind_of(choice), job.config.optimizer)
     if choice.update == "unfused" and summed:
         yield f"--update {subspace}", replace(choice, update=subspace)
-    if choice.accumulate > 1 and not asked:
+    if choice.accumulate > 1 and not asked and choice.update != "layer-major":
         for sums in _coarser_sums(choice.sums, train.device):
             yield f"--sums {sums}", replace(choice, sums=sums)
+    if job.rows > 1 and train.update == "auto" and train.device == "cuda" and not asked:
+        flags = "--update layer-major --boundaries host --place host --blocks host --clip off"
+        yield flags, _layer_major(choice, job.rows)
     if choice.recompute != "full":
         yield "--recompute full", replace(choice, recompute="full")
     if choice.micro_batch > 1 and choice.update != "fused":
@@ -70,6 +73,23 @@ def _coarser_sums(sums: SumFormat, device: str) -> list[SumFormat]:
     """What saves more; host memory is none beside a CPU's."""
     formats: list[SumFormat] = ["int8", "host"] if device == "cuda" else ["int8"]
     return formats[formats.index(sums) + 1 :] if sums in formats else formats
+
+
+def _layer_major(choice: Choice, rows: int) -> Choice:
+    """With everything in host memory that can be there."""
+    return replace(
+        choice,
+        update="layer-major",
+        recompute="full",
+        logits="recompute",
+        clip=None,
+        micro_batch=1,
+        accumulate=rows,
+        sums="fp32",
+        boundaries="host",
+        place="host",
+        blocks="host",
+    )
 
 
 def _single(choice: Choice) -> Choice:

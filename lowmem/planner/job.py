@@ -20,6 +20,7 @@ from lowmem.config.schema import (
     Logits,
     ModelConfig,
     OptimizerConfig,
+    StatePlace,
     SumFormat,
     UpdateMode,
     WeightFormat,
@@ -31,7 +32,7 @@ from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.method import Reallocating
 from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.allocator import expandable_segments, replay
-from lowmem.planner.candidates import Kind, clip_of
+from lowmem.planner.candidates import Kind, Way, clip_of
 from lowmem.planner.compose import (
     ModelBytes,
     OptimizerBytes,
@@ -42,6 +43,7 @@ from lowmem.planner.compose import (
 )
 from lowmem.planner.plan import Card, Choice, Memory, Rates
 from lowmem.planner.rehearse import (
+    VISITED,
     Rehearsal,
     model_on_meta,
     optimizer_on_meta,
@@ -70,7 +72,7 @@ class Job:
     _memories: dict[str, Memory] = field(default_factory=dict)
     _missed: dict[UpdateMode, int] = field(default_factory=dict)
     _persistent: dict[str, int] = field(default_factory=dict)
-    _llamas: dict[tuple[WeightFormat, Ends, int], Llama] = field(default_factory=dict)
+    _llamas: dict[tuple[WeightFormat, Ends, int, StatePlace], Llama] = field(default_factory=dict)
 
     @staticmethod
     def of(config: Config, card: Card) -> "Job":
@@ -97,9 +99,7 @@ class Job:
         """Bytes that libraries hold throughout a run on this device."""
         return 0 if self.config.train.device == "cpu" else self.card.workspace
 
-    def choice(
-        self, kind: Kind, mode: UpdateMode, recompute: str, logits: Logits, micro: int
-    ) -> Choice:
+    def choice(self, kind: Kind, way: Way, recompute: str, logits: Logits, micro: int) -> Choice:
         """These settings as a Choice, with micro-batches made equal in size."""
         accumulate = math.ceil(self.rows / micro)
         return Choice(
@@ -107,14 +107,17 @@ class Job:
             kind.rank,
             kind.states,
             kind.weights,
-            mode,
+            way.update,
             recompute,
             micro if self.config.train.micro_batch != "auto" else math.ceil(self.rows / accumulate),
             accumulate,
-            clip_of(self.config, mode),
+            clip_of(self.config, way.update),
             logits,
             kind.ends,
-            kind.sums if accumulate > 1 or self.config.train.sums != "auto" else "fp32",
+            self._sums(kind, way, accumulate),
+            way.boundaries,
+            way.place,
+            way.blocks,
         )
 
     def optimizer(self, kind: Kind) -> OptimizerConfig:
@@ -123,14 +126,27 @@ class Job:
 
     def fits(self, choice: Choice, room: int) -> bool:
         """Does the peak stay within `room` bytes? What is cheap to know is asked first."""
-        return self.persistent(kind_of(choice)) <= room and self.peak(choice) <= room
+        return (
+            self.persistent(kind_of(choice), choice.place, choice.blocks) <= room
+            and self.peak(choice) <= room
+        )
 
-    def persistent(self, kind: Kind) -> int:
-        """Weights, states, and what libraries hold."""
+    def _sums(self, kind: Kind, way: Way, accumulate: int) -> SumFormat:
+        """Those of one block at a time are exact, and one micro-batch has none."""
+        if way.update == "layer-major":
+            return "fp32"
+        return kind.sums if accumulate > 1 or self.config.train.sums != "auto" else "fp32"
+
+    def persistent(
+        self, kind: Kind, place: StatePlace = "device", blocks: StatePlace = "device"
+    ) -> int:
+        """Weights and states that live on the device, and what libraries hold."""
         kind = replace(kind, sums="fp32")
-        key = repr(kind)  # a rank may be a table, which has no hash
+        key = f"{kind!r} {place} {blocks}"  # a rank may be a table, which has no hash
         if key not in self._persistent:
-            owner = self._owner(kind, "fused")  # any mode: states are the same
+            owner = self._owner(
+                kind, "unfused", "fp32", place, blocks
+            )  # any mode: states are the same
             self._persistent[key] = persistent_bytes(owner, self.model.num_hidden_layers)
         return self._persistent[key] + self.workspace
 
@@ -195,19 +211,21 @@ class Job:
         )
 
     def _model_bytes(self, choice: Choice) -> ModelBytes:
-        formats = choice.weights, choice.ends
-        key = (formats, choice.logits, choice.micro_batch, choice.accumulate > 1)
+        formats, order = (choice.weights, choice.ends), _order_of(choice)
+        key = (formats, choice.logits, choice.micro_batch, choice.accumulate > 1, order)
         if key not in self._models:
             self._models[key] = model_bytes(self.model, choice, self.seq_len, self.attention)
         return self._models[key]
 
     def _optimizer_bytes(self, choice: Choice) -> OptimizerBytes:
         kind, clipped = kind_of(choice), choice.clip is not None
-        key = (repr(kind), choice.update, choice.accumulate > 1, clipped, choice.sums)
+        visited = min(choice.accumulate, VISITED[choice.update])
+        places = choice.sums, choice.place, choice.blocks
+        key = (repr(kind), choice.update, visited, clipped, places)
         if key not in self._optimizers:
             pieces = self._model_bytes(choice).pieces
             self._optimizers[key] = optimizer_bytes(
-                self._owner(kind, choice.update, choice.sums),
+                self._owner(kind, choice.update, *places),
                 choice,
                 pieces,
                 self.attention,
@@ -215,26 +233,33 @@ class Job:
             )
         return self._optimizers[key]
 
-    def _owner(self, kind: Kind, mode: UpdateMode, sums: SumFormat = "fp32") -> Optimizer:
+    def _owner(
+        self,
+        kind: Kind,
+        mode: UpdateMode,
+        sums: SumFormat = "fp32",
+        place: StatePlace = "device",
+        blocks: StatePlace = "device",
+    ) -> Optimizer:
         """The optimizer of a model of two blocks; of the whole where moments move between them."""
 
-        def of(blocks: int) -> Optimizer:
-            llama = self._llama(kind, blocks)
+        def of(count: int) -> Optimizer:
+            llama = self._llama(kind, count, blocks)
             with standing_for(self.attention):
-                return optimizer_on_meta(llama, self.optimizer(kind), mode, sums)
+                return optimizer_on_meta(llama, self.optimizer(kind), mode, sums, place)
 
         owner = of(2)
         if any(isinstance(slot.method, Reallocating) for slot in owner.slots.values()):
             return of(self.model.num_hidden_layers)
         return owner
 
-    def _llama(self, kind: Kind, blocks: int) -> Llama:
-        blocks = min(blocks, self.model.num_hidden_layers)
-        key = kind.weights, kind.ends, blocks
+    def _llama(self, kind: Kind, count: int, blocks: StatePlace) -> Llama:
+        count = min(count, self.model.num_hidden_layers)
+        key = kind.weights, kind.ends, count, blocks
         if key not in self._llamas:
-            model = self.model.model_copy(update={"num_hidden_layers": blocks})
+            model = self.model.model_copy(update={"num_hidden_layers": count})
             self._llamas[key] = model_on_meta(
-                model, kind.weights, "keep", self.attention, ends=kind.ends
+                model, kind.weights, "keep", self.attention, ends=kind.ends, blocks=blocks
             )
         return self._llamas[key]
 
@@ -251,6 +276,12 @@ def _check_recompute(recompute: str, blocks: int) -> None:
         raise ConfigError(
             f"train.recompute = {recompute!r}", str(error), "--recompute full"
         ) from None
+
+
+def _order_of(choice: Choice) -> tuple[Any, ...]:
+    """What else the model's bytes depend on in layer-major order, nothing in another."""
+    layer_major = choice.update == "layer-major"
+    return (choice.boundaries, choice.blocks, choice.accumulate) if layer_major else ()
 
 
 def kind_of(choice: Choice) -> Kind:

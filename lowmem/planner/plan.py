@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, WithJsonSchema
 
-from lowmem.config.schema import Config, Ends, Logits, SumFormat, UpdateMode, WeightFormat, settled
+from lowmem.config.schema import (
+    BoundaryPlace,
+    Config,
+    Ends,
+    Logits,
+    StatePlace,
+    SumFormat,
+    UpdateMode,
+    WeightFormat,
+    settled,
+)
 from lowmem.planner.advice import advice
 from lowmem.planner.quality import Penalty
 from lowmem.planner.workspaces import CUBLAS_WORKSPACE
@@ -91,6 +101,9 @@ class Choice:
     logits: Logits = "recompute"
     ends: Ends = "exact"  # embedding and head
     sums: SumFormat = "fp32"  # of gradients, over micro-batches
+    boundaries: BoundaryPlace = "keep"  # inputs of blocks in layer-major order
+    place: StatePlace = "device"  # of states
+    blocks: StatePlace = "device"  # of their weights
 
     def sentence(self) -> str:
         """One line for people, from the method to the micro-batch."""
@@ -99,12 +112,23 @@ class Choice:
         logits = ", logits kept" if self.logits == "keep" else ""
         other = "sums in host memory" if self.sums == "host" else f"{self.sums} sums"
         summed = "" if self.sums == "fp32" else f", {other}"
+        away = [name for name, where in self.away() if where == "host"]
+        host = f", {', '.join(away)} on the host" if away else ""
         return (
             f"{self.method}{rank}, {self.states} states, {self.weights} weights{ends}, "
-            f"{self.update}, recompute {self.recompute}{logits}, "
+            f"{self.update}{host}, recompute {self.recompute}{logits}, "
             f"micro-batch {self.micro_batch} x {self.accumulate}{summed}, "
             f"clip {'off' if self.clip is None else self.clip}"
         )
+
+    def away(self) -> list[tuple[str, str]]:
+        """(what, where it lives) of what may live in host memory."""
+        return [
+            ("block inputs", self.boundaries),
+            ("states", self.place),
+            ("weights of blocks", self.blocks),
+            ("sums of gradients", self.sums),
+        ]
 
 
 @dataclass(frozen=True)
@@ -127,7 +151,7 @@ class Memory:
     tensors: live storages at the worst moment. allocated: `max_memory_allocated`. reserved:
     `max_memory_reserved`. parts: what the tensors at that moment are for; sums to `tensors`.
     instant: the worst moment as a sentence. phases: the worst moment of every kind, the highest
-    first. host: bytes of host memory beside the device.
+    first. host: pinned memory of the host, beside everything else that runs there.
     """
 
     tensors: int
@@ -291,7 +315,7 @@ class PublishedPlan:
 
     fits: peak_bytes are at most usable_bytes. peak_bytes, allocated_bytes, tensor_bytes: what the
     allocator reserves, has allocated, and what is in live tensors, at most. device_bytes: what the
-    card will have lost. host_bytes: of sums of gradients in host memory. instant, parts: the worst
+    card will have lost. host_bytes: of host memory that is pinned. instant, parts: the worst
     moment and what its tensors are for; phases: the same for every kind of phase, the highest
     first. choice: the settings that decide memory. quality: penalty against tuned AdamW. speed,
     training_seconds: estimates, null where no rates are known; training_kwh: at the card's power

@@ -23,9 +23,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lowmem.config.schema import (
+    BoundaryPlace,
     Ends,
     ModelConfig,
     OptimizerConfig,
+    StatePlace,
     SumFormat,
     UpdateMode,
     WeightFormat,
@@ -48,6 +50,16 @@ GRANULE = 512  # the CUDA caching allocator rounds every request up to it
 _STRAY_BYTES = 2**20  # more than this in real memory during a rehearsal is a bug
 
 GATHER, STEP, EVALUATE = SEGMENTS = ("forward and backward", "update", "evaluation")
+
+VISITED: dict[UpdateMode, int] = {
+    "unfused": 2,
+    "fused+subspace": 2,
+    "fused": 1,
+    # The first, one in the middle, the one before which states are sent for, and the last; what
+    # waits between blocks is as large as for all of them.
+    "layer-major": 4,
+}
+"""Micro-batches of a rehearsed update: more would add nothing new."""
 
 PERSISTENT = ("weights", "states", "projections", "staging")
 PARTS = (
@@ -318,9 +330,9 @@ class Rehearsal:
     instant: str
     events: list[tuple[int, int]]
     phases: list[PhasePeak]
-    host: int = 0
     persistent: dict[str, int] = field(default_factory=dict)
     segments: dict[str, Segment] = field(default_factory=dict)
+    host: int = 0
 
 
 def rehearse(
@@ -347,9 +359,11 @@ def rehearse(
         attention,
         keep_logits=choice.logits == "keep",
         ends=choice.ends,
+        boundaries=choice.boundaries,
+        blocks=choice.blocks,
     )
     with standing_for(attention):
-        owner = optimizer_on_meta(llama, optimizer, choice.update, choice.sums)
+        owner = optimizer_on_meta(llama, optimizer, choice.update, choice.sums, choice.place)
     owner.attach(llama)
     track_persistent(tracker, owner)
     libraries = torch.empty(workspace, dtype=torch.uint8, device="meta")
@@ -371,9 +385,9 @@ def rehearse(
         sentence(tracker.peak_phase),
         tracker.events,
         tracker.phase_peaks(),
-        tracker.host_peak,
         persistent,
         tracker.segments,
+        tracker.host_peak,
     )
 
 
@@ -385,6 +399,8 @@ def model_on_meta(
     *,
     keep_logits: bool = False,
     ends: Ends = "exact",
+    boundaries: BoundaryPlace = "keep",
+    blocks: StatePlace = "device",
 ) -> Llama:
     """The very model that would be trained, without memory."""
     return Llama(
@@ -396,15 +412,21 @@ def model_on_meta(
         recompute=recompute,
         keep_logits=keep_logits,
         attention=attention,
+        boundaries=boundaries,
+        blocks=blocks,
     )
 
 
 def optimizer_on_meta(
-    llama: Llama, optimizer: OptimizerConfig, mode: UpdateMode, sums: SumFormat = "fp32"
+    llama: Llama,
+    optimizer: OptimizerConfig,
+    mode: UpdateMode,
+    sums: SumFormat = "fp32",
+    place: StatePlace = "device",
 ) -> Optimizer:
     """Its optimizer, when that holds most."""
     owner = build_optimizer(
-        optimizer,
+        optimizer.model_copy(update={"place": place}),
         llama.weights(),
         llama.roles(),
         mode=mode,
@@ -413,6 +435,7 @@ def optimizer_on_meta(
         sums=sums,
     )
     hold_worst_window(owner)
+    owner.away = llama.away()
     return owner
 
 
@@ -425,7 +448,7 @@ def track_persistent(
     tracker: LiveBytes, optimizer: Optimizer, names: Iterable[str] | None = None
 ) -> None:
     """Count what lives as long as the run. names: of the weights; all of the optimizer's else."""
-    for part, tensor in persistent_tensors(optimizer, names):
+    for part, tensor in [*persistent_tensors(optimizer, names), *host_tensors(optimizer, names)]:
         tracker.track([tensor], part)
 
 
@@ -434,18 +457,33 @@ def persistent_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """(part, tensor) of weights, states and the tables they need; a table may come repeatedly.
 
-    Also of what host sums pass through, which belongs to no weight.
+    Also of what host sums pass through, which belongs to no weight; what lives in host memory is
+    left out.
     """
     chosen = list(optimizer.slots if names is None else names)
     if optimizer.staging is not None:
         yield from (("staging", place) for place in optimizer.staging.places)
     for name in chosen:
         slot = optimizer.slots[name]
-        yield from (("weights", tensor) for tensor in stored(slot.weight))
-        for key, value in slot.state.items():
+        if name not in optimizer.away:
+            yield from (("weights", tensor) for tensor in stored(slot.weight))
+        for key, value in slot.state.items() if optimizer.states == "device" else ():
             if isinstance(value, Tensor):
                 yield "projections" if key.endswith("basis") else "states", value
     yield from tables(optimizer, chosen)
+
+
+def host_tensors(
+    optimizer: Optimizer, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(HOST, tensor) of what lives in host memory for the whole run."""
+    for name in optimizer.slots if names is None else names:
+        slot = optimizer.slots[name]
+        if name in optimizer.away:
+            yield from ((HOST, tensor) for tensor in stored(slot.weight))
+        for value in slot.state.values() if optimizer.states == "host" else ():
+            if isinstance(value, Tensor):
+                yield HOST, value
 
 
 def tables(
@@ -453,7 +491,7 @@ def tables(
 ) -> Iterator[tuple[str, Tensor]]:
     """(part, tensor) of the constants that 8-bit states and drawn bases look up."""
     for name in optimizer.slots if names is None else names:
-        device = str(optimizer.slots[name].weight.device)
+        device = str(optimizer.device)
         for key in optimizer.slots[name].state:
             if key.endswith(".codes"):
                 yield from (("states", table) for table in lookup_tables(device))
@@ -482,12 +520,12 @@ def update(
     model: Llama, optimizer: Optimizer, choice: Choice, seq_len: int
 ) -> tuple[Tensor, Tensor]:
     """The gradients of one update, and its loss and norm; `optimizer.step()` is next."""
-    count = min(choice.accumulate, 2)  # a third micro-batch adds nothing new
+    made = min(choice.accumulate, VISITED[choice.update])
     return gather(
         model,
         optimizer,
-        MadeAnew(lambda: (_batch(choice.micro_batch, seq_len) for _ in range(count))),
-        count=count,
+        MadeAnew(lambda: (_batch(choice.micro_batch, seq_len) for _ in range(made))),
+        count=choice.accumulate if choice.update == "layer-major" else made,
         tokens=1,
         lr=0.0,
         clip=choice.clip,

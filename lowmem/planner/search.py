@@ -16,19 +16,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.config.recompute import in_words
-from lowmem.config.schema import Config, Logits, ModelConfig, SumFormat, UpdateMode, settled
+from lowmem.config.schema import (
+    MOVE_EARLY,
+    Config,
+    Logits,
+    ModelConfig,
+    SumFormat,
+    settled,
+)
 from lowmem.optim.assign import learning_rate, weight_decay
 from lowmem.optim.methods import METHODS, method_spec
 from lowmem.optim.methods.third_party import package_of, refused
 from lowmem.planner.candidates import (
     Family,
     Kind,
+    Way,
     curvatures,
     families,
-    modes,
     quality,
     sheet_settings,
     sum_formats,
+    ways,
     weight_formats,
 )
 from lowmem.planner.fixes import fixes
@@ -72,10 +80,10 @@ def make_plan(
     asked, room = Job.of(config, card), card.usable_bytes
     for _ in range(ATTEMPTS):
         said = notes
-        job, rows, choice = _in_any_way(asked, room)
+        job, rows, choice = _in_any_form(asked, room)
         if choice is None and smaller is not None:
             job, said = _smaller_batch(asked, smaller, notes)
-            job, rows, choice = _in_any_way(job, room)
+            job, rows, choice = _in_any_form(job, room)
         if choice is None or job.memory(choice).reserved <= room:
             break
         job.learn(choice)  # what the allocator takes beyond the guess, and look again
@@ -88,13 +96,13 @@ def make_plan(
     return _plan(job, smallest, [_too_large(job, smallest, room), *others], said)
 
 
-def _in_any_way(job: Job, room: int) -> tuple[Job, list[Candidate], Choice | None]:
-    """The search, and where nothing fits, again in each of the other ways until something does."""
-    for way in _ways(job):
-        rows, choice = search(way, room)
-        if choice is not None and not _lacks_host_memory(way, choice):
-            return way, rows, choice
-    return way, rows, None
+def _in_any_form(job: Job, room: int) -> tuple[Job, list[Candidate], Choice | None]:
+    """The search, and where nothing fits, again in each of the other forms until something does."""
+    for form in _forms(job):
+        rows, choice = search(form, room)
+        if choice is not None and not _lacks_host_memory(form, choice):
+            return form, rows, choice
+    return form, rows, None
 
 
 def _lacks_host_memory(job: Job, choice: Choice) -> bool:
@@ -102,19 +110,44 @@ def _lacks_host_memory(job: Job, choice: Choice) -> bool:
     return job.card.source == "measured" and job.host(choice) > available_memory()
 
 
-def _ways(job: Job) -> list[Job]:
-    """The job; with int8 embedding and head; and both with sums in host memory."""
-    ways = [way for way in (job, _coarser(job)) if way is not None]
-    return [*ways, *(host for way in ways if (host := _on_host(way)) is not None)]
+def _forms(job: Job) -> list[Job]:
+    """The job; with int8 embedding and head; in layer-major order; with sums in host memory."""
+    forms = [form for form in (job, _coarser(job)) if form is not None]
+    hosts = [host for form in forms if (host := _on_host(form)) is not None]
+    order = _layer_major(job)
+    return [*forms, *([] if order is None else [order]), *hosts]
 
 
 def _on_host(job: Job) -> Job | None:
     """The same job with sums in host memory, None where the user wants it otherwise."""
     train = job.config.train
-    if train.device != "cuda" or train.sums != "auto":
+    if train.device != "cuda" or train.sums != "auto" or train.update == "layer-major":
+        return None
+    if "host" in (train.boundaries, train.blocks):
         return None
     train = train.model_copy(update={"sums": "host"})
     return replace(job, config=job.config.model_copy(update={"train": train}))
+
+
+def _layer_major(job: Job) -> Job | None:
+    """The same job in layer-major order, None where the user wants it otherwise.
+
+    It takes no host memory, for nobody has said that there is some to spare.
+    """
+    train, optimizer = job.config.train, job.config.optimizer
+    if train.update != "auto" or job.rows == 1 or train.sums not in ("auto", "fp32"):
+        return None
+    if "host" in (train.boundaries, train.blocks, optimizer.place):
+        return None
+    if isinstance(train.clip, float) or train.recompute not in ("auto", "full"):
+        return None
+    if curvatures(families(job.config, job.model)[0].least, optimizer):
+        return None
+    places = {"boundaries": "keep", "blocks": "device"}
+    train = train.model_copy(update={"update": "layer-major", **places})
+    optimizer = optimizer.model_copy(update={"place": "device"})
+    config = job.config.model_copy(update={"train": train, "optimizer": optimizer})
+    return replace(job, config=config)
 
 
 def _coarser(job: Job) -> Job | None:
@@ -137,7 +170,7 @@ def _smaller_batch(
         return replace(job, config=config, rows=rows), said
 
     def fits(rows: int) -> bool:
-        return any(_fits_at_all(way, job.card.usable_bytes) for way in _ways(of(rows)[0]))
+        return any(_fits_at_all(way, job.card.usable_bytes) for way in _forms(of(rows)[0]))
 
     for rows in sizes if sizes and fits(1) else []:
         less, said = of(rows)
@@ -207,30 +240,38 @@ def search(job: Job, room: int) -> tuple[list[Candidate], Choice | None]:
 
 def _best_of(job: Job, family: Family, room: int) -> Found | None:
     """The best settings of a family that fit."""
-    if job.persistent(family.least) > room:
+    if _least_persistent(job, family.least) > room:
         return None
-    found = [_best_in(job, family, mode, room) for mode in _modes(job, family)]
+    found = [_best_in(job, family, way, room) for way in _ways(job, family.least)]
     return min((each for each in found if each is not None), key=lambda f: f.order, default=None)
 
 
-def _modes(job: Job, family: Family) -> list[UpdateMode]:
-    return modes(job.config, family.least, job.rows)
+def _ways(job: Job, kind: Kind) -> list[Way]:
+    return ways(job.config, kind, job.rows)
 
 
-def _best_in(job: Job, family: Family, mode: UpdateMode, room: int) -> Found | None:
+def _least_persistent(job: Job, kind: Kind) -> int:
+    """Bytes that are always on the device, in the way that leaves most of them on the host."""
+    places = {(way.place, way.blocks) for way in _ways(job, kind)}
+    return min(job.persistent(kind, *each) for each in places)
+
+
+def _best_in(job: Job, family: Family, way: Way, room: int) -> Found | None:
     """With the most exact sums with which anything fits."""
-    for sums in sum_formats(job.config, family.least):
-        found = _best_with(job, replace(family, sums=sums), mode, room)
+    exact: list[SumFormat] = ["fp32"]
+    layer_major = way.update == "layer-major"
+    for sums in exact if layer_major else sum_formats(job.config, family.least):
+        found = _best_with(job, replace(family, sums=sums), way, room)
         if found is not None:
             return found
     return None
 
 
-def _best_with(job: Job, family: Family, mode: UpdateMode, room: int) -> Found | None:
+def _best_with(job: Job, family: Family, way: Way, room: int) -> Found | None:
     kinds = [family.kind(rank) for rank in family.ranks]
 
     def fits(index: int) -> bool:
-        return any(job.fits(choice, room) for choice in _smallest(job, kinds[index], mode))
+        return any(job.fits(choice, room) for choice in _smallest(job, kinds[index], way))
 
     top = _last(len(kinds), fits)
     if top is None:
@@ -238,7 +279,7 @@ def _best_with(job: Job, family: Family, mode: UpdateMode, room: int) -> Found |
     rung, low = quality(kinds[top], job.model).rung, top
     if job.config.optimizer.rank == "auto":  # a rank that was asked for is not given up for speed
         low = next(i for i in range(top + 1) if quality(kinds[i], job.model).rung <= rung)
-    settings = _fastest(job, kinds[low], mode, room)
+    settings = _fastest(job, kinds[low], way, room)
     if settings is None:
         return None
 
@@ -247,8 +288,8 @@ def _best_with(job: Job, family: Family, mode: UpdateMode, room: int) -> Found |
 
     raised = low + (_last(top + 1 - low, lambda index: leaves_room(low + index)) or 0)
     choice = replace(settings, rank=kinds[raised].rank)
-    coarse = SUM_FORMATS.index(choice.sums)
-    return Found(choice, (rung, mode == "fused", coarse, _speed_class(job, settings)))
+    coarse, early = SUM_FORMATS.index(choice.sums), way.update in MOVE_EARLY
+    return Found(choice, (rung, early, coarse, _speed_class(job, settings)))
 
 
 def _speed_class(job: Job, choice: Choice) -> int:
@@ -269,18 +310,20 @@ def _last(count: int, fits: Callable[[int], bool]) -> int | None:
     return low
 
 
-def _smallest(job: Job, kind: Kind, mode: UpdateMode) -> list[Choice]:
+def _smallest(job: Job, kind: Kind, way: Way) -> list[Choice]:
     """The smallest settings of a kind in that mode: single sequences, whose gradients are summed,
     or the whole batch at once, which needs no sums; whichever are allowed."""
     fixed = job.config.train.micro_batch
-    sizes = {job.rows} if mode == "fused" else {1, job.rows}
+    sizes = {job.rows} if way.update == "fused" else {1, job.rows}
     sizes = sizes if fixed == "auto" else {settled(fixed)}
-    settings = _recompute(job, "full"), _logits(job, "recompute")
-    return [job.choice(kind, mode, *settings, size) for size in sorted(sizes)]
+    settings = _recompute(job, way, "full"), _logits(job, "recompute")
+    return [job.choice(kind, way, *settings, size) for size in sorted(sizes)]
 
 
-def _recompute(job: Job, wanted: str) -> str:
-    """What is wanted, unless the user fixed it."""
+def _recompute(job: Job, way: Way, wanted: str) -> str:
+    """What is wanted, unless the user fixed it, or layer-major order does."""
+    if way.update == "layer-major":
+        return "full"
     fixed = job.config.train.recompute
     return wanted if fixed == "auto" else fixed
 
@@ -290,10 +333,10 @@ def _logits(job: Job, wanted: Logits) -> Logits:
     return wanted if fixed == "auto" else settled(fixed)
 
 
-def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None:
+def _fastest(job: Job, kind: Kind, way: Way, room: int) -> Choice | None:
     """The fastest micro-batch and recomputation that fit."""
     best: Choice | None = None
-    hopes = [_hope(job, kind, mode, size) for size in _micro_batches(job, kind, mode, room)]
+    hopes = [_hope(job, kind, way, size) for size in _micro_batches(job, kind, way, room)]
     for hope in sorted(hopes, key=job.seconds):
         if best is not None and job.seconds(hope) >= job.seconds(best):
             break
@@ -303,12 +346,12 @@ def _fastest(job: Job, kind: Kind, mode: UpdateMode, room: int) -> Choice | None
     return best
 
 
-def _hope(job: Job, kind: Kind, mode: UpdateMode, micro: int) -> Choice:
+def _hope(job: Job, kind: Kind, way: Way, micro: int) -> Choice:
     """The fastest settings with that micro-batch, if they fit."""
-    return job.choice(kind, mode, _recompute(job, "keep"), _logits(job, "keep"), micro)
+    return job.choice(kind, way, _recompute(job, way, "keep"), _logits(job, "keep"), micro)
 
 
-def _micro_batches(job: Job, kind: Kind, mode: UpdateMode, room: int) -> list[int]:
+def _micro_batches(job: Job, kind: Kind, way: Way, room: int) -> list[int]:
     """Sizes that fit: powers of two, those between them, and the whole batch, which needs no sums.
 
     The smallest where none does.
@@ -316,12 +359,12 @@ def _micro_batches(job: Job, kind: Kind, mode: UpdateMode, room: int) -> list[in
     fixed = job.config.train.micro_batch
     if fixed != "auto":
         return [settled(fixed)]
-    if mode == "fused":
+    if way.update == "fused":
         return [job.rows]
 
     def fits(size: int) -> bool:
-        settings = _recompute(job, "full"), _logits(job, "recompute")
-        return job.fits(job.choice(kind, mode, *settings, size), room)
+        settings = _recompute(job, way, "full"), _logits(job, "recompute")
+        return job.fits(job.choice(kind, way, *settings, size), room)
 
     most = min(_most_rows(job), job.rows - 1)
     powers = {size for power in range(20) for size in (2**power, 3 * 2**power)}
@@ -348,7 +391,7 @@ def _least_recomputed(job: Job, hope: Choice, room: int) -> Choice | None:
 
 def _fewest_blocks(job: Job, choice: Choice, room: int) -> Choice | None:
     """With as few blocks recomputed as fit: the upper blocks keep everything first."""
-    if job.config.train.recompute != "auto":
+    if job.config.train.recompute != "auto" or choice.update == "layer-major":
         return choice if job.fits(choice, room) else None
     blocks = job.model.num_hidden_layers
 
@@ -382,21 +425,21 @@ def _all_smallest(job: Job, kinds: Iterable[Kind]) -> list[Choice]:
     return [
         choice
         for kind in coarsest
-        for mode in modes(job.config, kind, job.rows)
-        for choice in _smallest(job, kind, mode)
+        for way in _ways(job, kind)
+        for choice in _smallest(job, kind, way)
     ]
 
 
 def _rejected(job: Job, family: Family, room: int) -> Candidate:
     """The row of a family of which nothing fits."""
-    if job.persistent(family.least) > room:
+    if _least_persistent(job, family.least) > room:
         return _too_large(job, _all_smallest(job, [family.least])[0], room)
     return _too_large(job, min(_all_smallest(job, [family.least]), key=job.tensors), room)
 
 
 def _too_large(job: Job, least: Choice, room: int) -> Candidate:
     """A row for settings that do not fit although there are no smaller ones."""
-    bound = job.persistent(kind_of(least))
+    bound = job.persistent(kind_of(least), least.place, least.blocks)
     if bound <= room:
         bound += job.sums(least)
     if bound > room:
@@ -449,16 +492,16 @@ def _labelled(rows: list[Candidate], job: Job, choice: Choice, label: str) -> li
 def _fastest_of_all(job: Job, tried: Sequence[Family], choice: Choice, room: int) -> Choice:
     """The settings with the shortest update, of any quality: of the few that could be fastest."""
     hopes = [
-        (job.seconds(_hope(job, family.least, mode, min(job.rows, _most_rows(job)))), family, mode)
+        (job.seconds(_hope(job, family.least, way, min(job.rows, _most_rows(job)))), family, way)
         for family in tried
-        for mode in _modes(job, family)
-        if job.persistent(family.least) <= room
+        for way in _ways(job, family.least)
+        if job.persistent(family.least, way.place, way.blocks) <= room
     ]
     best = choice
-    for hope, family, mode in sorted(hopes, key=lambda each: each[0])[:_FASTEST_TRIED]:
+    for hope, family, way in sorted(hopes, key=lambda each: each[0])[:_FASTEST_TRIED]:
         if hope >= job.seconds(best):
             break
-        found = _fastest(job, family.least, mode, room)
+        found = _fastest(job, family.least, way, room)
         if found is not None:
             best = min(best, found, key=job.seconds)
     return best
@@ -469,7 +512,7 @@ def _fits_at_all(job: Job, room: int) -> bool:
     return any(
         job.fits(choice, room)
         for kind in kinds
-        if job.persistent(kind) <= room
+        if _least_persistent(job, kind) <= room
         for choice in _all_smallest(job, [kind])
     )
 
@@ -478,11 +521,14 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
     """The configuration with everything that the planner chose written down."""
     kind = kind_of(choice)
     optimizer = kind.optimizer(config.optimizer, model.parameters)
-    rates = {
+    changes: dict[str, Any] = {
         "lr": learning_rate(optimizer, model.parameters),
         "weight_decay": weight_decay(optimizer, model.parameters),
     }
-    optimizer = optimizer.model_copy(update=rates)
+    layer_major = choice.update == "layer-major"
+    if layer_major or choice.place == "host":
+        changes["place"] = choice.place
+    optimizer = optimizer.model_copy(update=changes)
     train = config.train.model_copy(
         update={
             "micro_batch": choice.micro_batch,
@@ -493,6 +539,7 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "weights": choice.weights,
             "ends": choice.ends,
             "sums": choice.sums,
+            **({"boundaries": choice.boundaries, "blocks": choice.blocks} if layer_major else {}),
         }
     )
     return config.model_copy(update={"optimizer": optimizer, "train": train})
@@ -514,7 +561,8 @@ def _said(config: Config, filled: Config, model: ModelConfig) -> list[str]:
     if config.optimizer.weight_decay == "auto" and filled.optimizer.weight_decay:
         said.append(f"weight-decay {filled.optimizer.weight_decay:g}: from {recipe}")
     if config.train.clip == "auto":
-        why = "fused updates cannot be clipped" if filled.train.clip == "off" else "the usual limit"
+        early = f"{filled.train.update} updates cannot be clipped"
+        why = early if filled.train.clip == "off" else "the usual limit"
         said.append(f"clip {filled.train.clip}: {why}")
     sheet = sheet_settings(method, model.parameters, config.optimizer.options)
     own = {k: v for k, v in spec.arguments.items() if v is not None}

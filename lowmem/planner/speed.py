@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowmem.config.defaults import with_updates
-from lowmem.config.recompute import keeps_attention, keeps_mlp, levels_of
+from lowmem.config.recompute import Level, keeps_attention, keeps_mlp, levels_of
 from lowmem.config.schema import Config, ModelConfig, OptimizerConfig
 from lowmem.errors import ConfigError
 from lowmem.planner.plan import Card, Choice, Rates, Speed
@@ -94,6 +94,9 @@ class Op:
         rate = SOLVER_RATE if share is None else share * 1e12 * rates.tflops
         filled = self.tokens / (self.tokens + HALF_FULL) if self.tokens else 1.0
         return self.times * max(self.operations / (rate * filled), moving)
+
+
+Traffic = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,10 @@ def within_hours(
 
 
 def operations(timed: Timed) -> Iterator[Op]:
-    """Everything in one update: all micro-batches, the optimizer, a refresh's share."""
+    """Everything in one update: all micro-batches, the optimizer, a refresh's share.
+
+    Host traffic counts in full, as if nothing were computed meanwhile: an upper bound.
+    """
     choice, work = timed.choice, work_of(timed.choice.method)
     passes = choice.accumulate * (1 + work.passes / gap_of(timed))
     tokens = timed.tokens / choice.accumulate
@@ -208,6 +214,30 @@ def operations(timed: Timed) -> Iterator[Op]:
     yield from _sums(choice, rest, projected=0)
     element = _CODE if choice.ends == "int8" else _ACTIVATION
     yield Op("optimizer", "traffic", 0, rest * _bytes_per_element(choice, Work(), weight=element))
+    if choice.place == "host":
+        yield Op("host memory", "bus", 0, rest * _state_bytes(choice, Work()))
+    if choice.blocks == "host":
+        yield Op("host memory", "bus", 0, sum(block_bytes(timed.model, choice.weights)))
+    if choice.boundaries == "host":
+        yield Op("host memory", "bus", 0, sum(boundary_bytes(timed.model, timed.tokens)))
+
+
+def boundary_bytes(model: ModelConfig, tokens: float, element: int = _ACTIVATION) -> Traffic:
+    """(bytes to the device, bytes to the host) of the inputs of blocks in a layer-major update.
+
+    Forward reads the input of every block and writes the next; the loss reads one and writes its
+    gradient; backward reads input and gradient and writes a gradient; the embedding reads one.
+    """
+    layer, blocks = element * tokens * model.hidden_size, model.num_hidden_layers
+    return (3 * blocks + 2) * layer, (2 * blocks + 2) * layer
+
+
+def block_bytes(model: ModelConfig, weights: str) -> Traffic:
+    """(bytes to the device, bytes to the host) of the blocks' matrices in a layer-major update:
+    for forward, for backward, and back once they have moved."""
+    element = _CODE if weights == "int8" else _ACTIVATION
+    blocks = element * sum(m * n * count for m, n, count in matrices(model))
+    return 2 * blocks, blocks
 
 
 def work_of(method: str) -> Work:
@@ -236,7 +266,9 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
     """Forward and backward of one micro-batch of so many tokens."""
     h, f, kv = model.hidden_size, model.intermediate_size, model.key_value_width
     q, blocks = model.num_attention_heads * model.head_dim, model.num_hidden_layers
-    levels = levels_of(choice.recompute, blocks)
+    levels: tuple[Level, ...] = levels_of(choice.recompute, blocks)
+    if choice.update == "layer-major":  # the last block's backward does not follow its forward
+        levels = tuple("full" for _ in range(blocks))
     again = sum(not keeps_mlp(level) for level in levels)
     attends = sum(not keeps_attention(level) for level in levels)
     for m, n, count in ((q, h, 1), (kv, h, 2), (h, q, 1)):
@@ -300,6 +332,8 @@ def _matrix_update(timed: Timed, work: Work, m: int, n: int, count: int) -> Iter
     element = _CODE if choice.weights == "int8" else _ACTIVATION
     moved = size * _bytes_per_element(choice, work, share, summed_inside=inside, weight=element)
     yield Op("optimizer", "traffic", 0, moved, count)
+    if choice.place == "host":
+        yield Op("host memory", "bus", 0, size * _state_bytes(choice, work, share), count)
     for side in sides:  # a product and a QR with its Q
         yield Op("refresh", "solver", 5 * side**3, 0, count / options.get("frequency", 10))
     if work.searches or options.get("projection") == "svd":
@@ -367,5 +401,10 @@ def _bytes_per_element(
     """
     gradient = _HELD[choice.sums] if choice.accumulate > 1 else _ACTIVATION
     read = gradient * (share if summed_inside else work.reads)
+    return read + 2 * weight + _state_bytes(choice, work, share)
+
+
+def _state_bytes(choice: Choice, work: Work, share: float = 1.0) -> float:
+    """Moments read and written, per element of the matrix."""
     form = "8bit" if choice.method == "adam8bit" else choice.states
-    return read + 2 * weight + 2 * work.moments * share * _STATE.get(form, 4.0)
+    return 2 * work.moments * share * _STATE.get(form, 4.0)

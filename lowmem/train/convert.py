@@ -83,8 +83,9 @@ def written_optimizer(
             name: torch.empty(weight.shape, dtype=dtype, device="meta")
             for name, weight in model.weights().items()
         }
+        config = OptimizerConfig.model_validate(settings["optimizer"])
         return build_optimizer(
-            OptimizerConfig.model_validate(settings["optimizer"]),
+            config.model_copy(update={"place": "device"}),  # on meta it is nowhere
             shapes,
             model.roles(),
             mode=optimizer.mode,

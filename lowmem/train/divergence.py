@@ -8,9 +8,9 @@ second rollback of an incident begins twice as far back, and so on.
 Which updates are bad is a function of the losses and norms before them, and what is remembered is
 in the checkpoint. So a run that was stopped or killed anywhere decides as an unbroken one.
 
-In `fused` mode weights have moved before anybody knows: a gradient that is not finite has spoilt
-them, and the run goes back at once; a spike is left as it is, counted, and undone by the rollback
-that a longer incident brings.
+In `fused` and layer-major mode weights have moved before anybody knows: a gradient that is not
+finite has spoilt them, and the run goes back at once; a spike is left as it is, counted, and undone
+by the rollback that a longer incident brings.
 
 Source of the remedy: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 5.1; of the score:
 Iglewicz and Hoaglin 1993, the modified z-score.
@@ -27,7 +27,7 @@ from typing import Literal
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from lowmem.config.schema import CALM, GuardConfig
+from lowmem.config.schema import CALM, MOVE_EARLY, GuardConfig
 from lowmem.data.batches import TrainingOrder
 from lowmem.errors import DivergedError
 
@@ -186,7 +186,8 @@ def diverged(
     update: int, trouble: str, mode: str, guard: Guard, healthy: Path | None
 ) -> DivergedError:
     """The end of a run that no rollback has helped. healthy: its checkpoint from before."""
-    made = "weights changed during backward" if mode == "fused" else "the update was not made"
+    early = mode in MOVE_EARLY
+    made = "weights changed during backward" if early else "the update was not made"
     tries = f"{guard.bad} bad updates and {guard.rollbacks} rollbacks in this incident"
     left = f"the newest checkpoint from before is {healthy}" if healthy else "nothing was saved yet"
     return DivergedError(

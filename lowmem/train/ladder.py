@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from lowmem.config.recompute import levels_of, one_level_down
+from lowmem.config.schema import MOVE_EARLY
 from lowmem.errors import CheckpointError, short
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
@@ -112,7 +113,7 @@ class Ladder:
         self.update, failures, before = update, 0, self.optimizer.updates
         while True:
             try:
-                with self.calls() if self.optimizer.mode == "fused" else nullcontext():
+                with self.calls() if self.optimizer.mode in MOVE_EARLY else nullcontext():
                     return attempt(self.rungs["micro_batch"])
             except torch.OutOfMemoryError as error:
                 failed = without_frames(error)

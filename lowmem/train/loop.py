@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
-from lowmem.config.schema import Config, WeightFormat, settled
+from lowmem.config.schema import MOVE_EARLY, Config, WeightFormat, settled
 from lowmem.data.batches import Batches, TrainingOrder, UpdateBatch, on_device
 from lowmem.data.documents import DocumentBatches
 from lowmem.data.shards import Corpus, TokenStream
@@ -83,7 +83,8 @@ def train(run: Run, corpus: Corpus, report: Report, plan: Plan | None = None) ->
     began = time.perf_counter()
     batches, validation = text_of(run.config, corpus)
     planned = plan or run.plan()
-    _require_host_memory(planned)
+    if planned is not None:
+        require_host_memory(planned)
     device = run.config.train.device
     with (
         held(run.folder),
@@ -207,7 +208,7 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
                         optimizer.step()
                     else:
                         optimizer.discard()
-                made = trouble is None or optimizer.mode == "fused"
+                made = trouble is None or optimizer.mode in MOVE_EARLY
                 at = Position(update + 1, at.tokens + batch.tokens * made)
                 if trouble is None:
                     guard.accept(update, loss.item(), norm.item())
@@ -275,14 +276,15 @@ def require_hardware(config: Config) -> None:
         )
 
 
-def _require_host_memory(plan: Plan | None) -> None:
-    """HardwareError where the host has no room for the sums that are to lie there."""
-    needed, free = plan.memory.host if plan is not None else 0, available_memory()
-    if needed > free:
+def require_host_memory(plan: Plan) -> None:
+    """HardwareError unless this machine has the host memory that the plan takes."""
+    free, needs = available_memory(), plan.memory.host
+    if needs > free:
         raise HardwareError(
-            'train.sums = "host" does not fit into the memory of this host',
-            f"the sums of gradients take {format_bytes(needed)} of {format_bytes(free)}",
-            "--sums int8, a smaller --batch, or free memory",
+            f"the plan takes {format_bytes(needs)} of host memory, {format_bytes(free)} are free",
+            "; ".join(what for what, where in plan.choice.away() if where == "host"),
+            "--sums int8, --place device, --blocks device, --boundaries keep, a smaller --batch, "
+            "or a machine with more memory",
         )
 
 
@@ -308,6 +310,8 @@ def declared(config: Config, device: str) -> tuple[Llama, Optimizer]:
         recompute=settled(config.train.recompute),
         keep_logits=config.train.logits == "keep",
         attention="cpu" if device == "meta" else config.train.attention,  # nothing runs there
+        boundaries="host" if config.train.boundaries == "host" else "keep",
+        blocks="host" if config.train.blocks == "host" else "device",
     )
     optimizer = build_optimizer(
         config.optimizer,

@@ -48,10 +48,10 @@ def test_the_list_fits_a_hundred_columns() -> None:
 
 def test_the_list_shows_formats_modes_and_source(listed: list[list[str]]) -> None:
     rows = {row[0]: row[1:] for row in listed}
-    assert rows["adamw"][:6] == ["8.00", "4.00", "2.03", "U", "F", "1711.05101"]
+    assert rows["adamw"][:7] == ["8.00", "4.00", "2.03", "U", "F", "L", "1711.05101"]
     assert rows["adam8bit"][:2] == ["-", "-"]
-    assert rows["galore"][3:7] == ["U", "S", "F", "2403.03507"]
-    assert " ".join(rows["galore"][7:]).startswith("Adam in the leading singular subspace")
+    assert rows["galore"][3:8] == ["U", "S", "F", "L", "2403.03507"]
+    assert " ".join(rows["galore"][8:]).startswith("Adam in the leading singular subspace")
 
 
 def test_bytes_of_galore_are_those_of_its_sheet() -> None:
@@ -129,7 +129,7 @@ def test_json_holds_the_same_for_programs() -> None:
     assert record["arguments"]["gap"] == 200
     assert record["composition"]["attention, mlp"]["projector"].startswith("SVD(rank=128")
     assert record["recipes"]["7b"] == {"lr": 0.005, "rank": 1024, "gap": 500, "scale": 0.25}
-    assert record["updates"] == ["unfused", "fused+subspace", "fused"]
+    assert record["updates"] == ["unfused", "fused+subspace", "fused", "layer-major"]
     assert record["source"] == "2403.03507"
     assert record["state_bytes_per_parameter"].keys() >= {"llama-60m", "llama-7b"}
 

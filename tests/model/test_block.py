@@ -60,7 +60,7 @@ def rehearse(config: ModelConfig, rows: int, length: int, level: Level) -> LiveB
         torch.empty(rows, length, dtype=torch.int64, device="meta") for _ in range(2)
     )
     tracker = LiveBytes()
-    for known in (*model.parameters(), inputs, targets, *model._rotation(length)):
+    for known in (*model.parameters(), inputs, targets, *model.rotation(length)):
         tracker.seen[known.untyped_storage()] = 0
     with tracker:
         model.loss(inputs, targets, inputs.numel()).backward()

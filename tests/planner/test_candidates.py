@@ -24,6 +24,7 @@ from lowmem.planner.candidates import (
     modes,
     quality,
     sheet_settings,
+    ways,
 )
 
 MODEL = read_preset("llama-9m")  # hidden size 128
@@ -294,6 +295,8 @@ def test_a_kind_changes_only_what_it_decides() -> None:
         ({"micro_batch": 8}, GALORE, ["unfused", "fused+subspace", "fused"]),
         ({"micro_batch": 4}, GALORE, ["unfused", "fused+subspace"]),
         ({"update": "unfused"}, GALORE, ["unfused"]),
+        ({"update": "layer-major"}, GALORE, ["layer-major"]),
+        ({"boundaries": "host"}, GALORE, ["layer-major"]),
         ({"update": "fused+subspace", "clip": 0.5}, GALORE, ["fused+subspace"]),
         ({"update": "fused", "clip": "off"}, GALORE, ["fused"]),
     ],
@@ -364,6 +367,7 @@ def test_ends_are_as_asked_and_doubted_where_nothing_is_published() -> None:
         ("auto", "unfused", 1.0),
         ("auto", "fused+subspace", 1.0),
         ("auto", "fused", None),
+        ("auto", "layer-major", None),
         ("off", "unfused", None),
         (0.25, "unfused", 0.25),
         (2, "fused+subspace", 2.0),
@@ -373,3 +377,67 @@ def test_the_norm_is_limited_where_it_is_known_in_time(
     clip: Any, mode: Any, limit: float | None
 ) -> None:
     assert clip_of(config(train={"clip": clip}), mode) == limit
+
+
+def test_host_memory_is_taken_in_layer_major_order_or_where_it_was_asked_for() -> None:
+    def found(device: str, place: str = "auto", **train: Any) -> list[tuple[str, str, str]]:
+        asked = config(optimizer={"place": place}, train={"device": device, **train})
+        return [(way.update, way.boundaries, way.place) for way in ways(asked, ADAMW, rows=8)]
+
+    assert found("cuda") == [("unfused", "keep", "device"), ("fused", "keep", "device")]
+    assert found("cuda", place="host") == [("unfused", "keep", "host")]
+    assert found("cuda", update="layer-major") == [
+        ("layer-major", boundaries, place)
+        for boundaries in ("keep", "host")
+        for place in ("device", "host", "host")  # the last with the weights of blocks, too
+    ]
+    assert found("cuda", update="layer-major", boundaries="host", place="device") == [
+        ("layer-major", "host", "device")
+    ]
+    assert found("cpu", update="layer-major") == [("layer-major", "keep", "device")]
+
+
+@pytest.mark.parametrize(
+    ("sections", "what", "fix"),
+    [
+        ({"train": {"update": "layer-major", "clip": 1.0}}, "train.clip = 1.0", "--clip off"),
+        (
+            {"train": {"update": "layer-major", "recompute": "attn"}},
+            'train.recompute = "attn"',
+            "--recompute full",
+        ),
+        (
+            {"train": {"update": "fused", "boundaries": "host"}},
+            'train.boundaries = "host" with train.update = "fused"',
+            "--update layer-major",
+        ),
+        (
+            {"train": {"update": "unfused", "blocks": "host"}},
+            'train.blocks = "host" with train.update = "unfused"',
+            "--update layer-major",
+        ),
+        (
+            {"train": {"blocks": "host"}, "optimizer": {"place": "device"}},
+            'train.blocks = "host" with optimizer.place = "device"',
+            "--place host",
+        ),
+        (
+            {"train": {"update": "fused+subspace"}, "optimizer": {"place": "host"}},
+            'optimizer.place = "host" with train.update = "fused+subspace"',
+            "--place device",
+        ),
+        (
+            {"train": {"update": "layer-major"}, "optimizer": {"method": "sophia"}},
+            "\"layer-major\" with method 'sophia'",
+            "--update unfused",
+        ),
+    ],
+)
+def test_what_layer_major_order_and_host_memory_cannot_do_is_refused(
+    sections: dict[str, Any], what: str, fix: str
+) -> None:
+    kind = Kind(sections.get("optimizer", {}).get("method", "adamw"), None, "fp32")
+    with pytest.raises(ConfigError) as error:
+        ways(config(**sections), kind, rows=8)
+    assert what in error.value.what
+    assert fix in error.value.fix

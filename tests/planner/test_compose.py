@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lowmem.config.presets import read_preset
-from lowmem.config.schema import Config, ModelConfig, OptimizerConfig
+from lowmem.config.schema import MOVE_EARLY, Config, ModelConfig, OptimizerConfig
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Choice
@@ -50,7 +50,7 @@ def choice(
     micro: int = 2,
     logits: Any = "recompute",
 ) -> Choice:
-    clip = None if mode == "fused" else 1.0
+    clip = None if mode in MOVE_EARLY else 1.0
     return Choice(
         method,
         weights="bf16",
@@ -92,6 +92,32 @@ def test_composed_is_rehearsed_with_other_sums(
     assert composed == rehearsed
 
 
+@pytest.mark.parametrize("attention", ["flash"])
+@pytest.mark.parametrize(
+    ("method", "blocks", "micro_batches", "boundaries", "place", "home"),
+    [
+        ("adamw", 1, 1, "keep", "device", "device"),
+        ("galore", 2, 3, "host", "device", "device"),
+        ("apollo", 3, 2, "keep", "host", "host"),
+        ("frugal", 6, 3, "host", "host", "host"),
+        ("adamw", 7, 40, "keep", "host", "device"),
+    ],
+)
+def test_composed_is_rehearsed_in_layer_major_order(
+    method: str,
+    blocks: int,
+    micro_batches: int,
+    boundaries: Any,
+    place: Any,
+    home: Any,
+    attention: str,
+) -> None:
+    how = choice(method, "layer-major", micro_batches, "full")
+    how = replace(how, boundaries=boundaries, place=place, blocks=home)
+    composed, rehearsed = both(model(blocks), how, attention)
+    assert composed == rehearsed
+
+
 @pytest.mark.parametrize("rest", ["adam8bit", "apollo_mini"])
 @pytest.mark.parametrize(("mode", "accumulate"), MODES)
 def test_composed_is_rehearsed_with_ends_in_codes(mode: str, accumulate: int, rest: str) -> None:
@@ -121,6 +147,9 @@ def random_case(seed: int) -> tuple[ModelConfig, Choice, str]:
     ranked = method in ("galore", "apollo", "cosmos", "fira", "natural_galore", "q_galore")
     rank = draw.randint(1, 48) if ranked else {"apollo_mini": 1}.get(method)
     mode, micro_batches = draw.choice(MODES)
+    layer_major = draw.random() < 0.25
+    boundaries: Any = draw.choice(["keep", "host"])
+    place: Any = draw.choice(["device", "host"])
     level = draw.choice(["keep", "attn", "full", "keep:1,full"])
     attention = draw.choice(["cpu", "flash"])
     how = Choice(
@@ -136,6 +165,10 @@ def random_case(seed: int) -> tuple[ModelConfig, Choice, str]:
         draw.choice(["recompute", "keep"]),
         sums=draw.choice(["fp32", "bf16", "int8", "host"]),
     )
+    if layer_major:
+        how = replace(how, update="layer-major", recompute="full", clip=None)
+        how = replace(how, accumulate=draw.randint(1, 7), boundaries=boundaries, place=place)
+        how = replace(how, blocks=place if draw.random() < 0.5 else "device")
     return sizes, how, attention
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from lowmem.config.defaults import settle
-from lowmem.config.schema import Config
+from lowmem.config.schema import MOVE_EARLY, Config
 from lowmem.planner import search as module
-from lowmem.planner.candidates import quality, rank_share
+from lowmem.planner.candidates import Way, quality, rank_share
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Choice, Plan
@@ -34,7 +34,7 @@ def small() -> Job:
 
 def worth(job: Job, choice: Choice) -> tuple[int, bool, int]:
     rung = quality(kind_of(choice), job.model).rung
-    return rung, choice.update == "fused", module._speed_class(job, choice)
+    return rung, choice.update in MOVE_EARLY, module._speed_class(job, choice)
 
 
 def test_more_memory_never_gives_a_worse_plan(small: Job) -> None:
@@ -113,7 +113,11 @@ def test_the_largest_rank_that_fits_is_found(rank: str) -> None:
         if choice is None or index + 1 == len(ranks):
             continue
         more = job.choice(
-            module.Kind("galore", ranks[index + 1], "8bit"), choice.update, "full", "recompute", 1
+            module.Kind("galore", ranks[index + 1], "8bit"),
+            Way(choice.update),
+            "full",
+            "recompute",
+            1,
         )
         assert not job.fits(more, round(mib * MIB))
 

@@ -6,7 +6,7 @@ import pytest
 
 from lowmem.config.defaults import settle
 from lowmem.config.schema import Config
-from lowmem.planner.candidates import Kind
+from lowmem.planner.candidates import Kind, Way
 from lowmem.planner.fixes import _variations
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job
@@ -30,7 +30,7 @@ def test_smaller_formats_of_the_weights_are_proposed_where_the_method_takes_them
         Config.model_validate({"model": "llama-9m", "gpu": "8GB", **given}), cuda=cuda
     )
     job = Job.of(config, find_card("8GB", config.train.device))
-    choice = job.choice(Kind(method, None, "fp32", weights), "unfused", "keep", "recompute", 1)
+    choice = job.choice(Kind(method, None, "fp32", weights), Way("unfused"), "keep", "recompute", 1)
     found = {flags: other.weights for flags, other in _variations(job, choice)}
     assert [flags for flags in found if "--weights" in flags] == [
         f"--weights {w}" for w in proposed
@@ -56,7 +56,7 @@ def test_coarser_sums_are_proposed_where_there_are_sums(
     config, _ = settle(Config.model_validate({"model": "llama-9m", **given}), cuda=cuda)
     job = Job.of(config, find_card("8GB", config.train.device))
     kind = Kind(method, None, "fp32", "fp32", sums=sums)
-    choice = job.choice(kind, "unfused", "keep", "recompute", 8 // micro_batches)
+    choice = job.choice(kind, Way("unfused"), "keep", "recompute", 8 // micro_batches)
     found = {flags: other.sums for flags, other in _variations(job, choice)}
     assert [flags for flags in found if "--sums" in flags] == [f"--sums {s}" for s in proposed]
     assert all(found[f"--sums {s}"] == s for s in proposed)

@@ -71,6 +71,9 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
         "logits": "recompute",
         "ends": "exact",
         "sums": "fp32",
+        "boundaries": "keep",
+        "place": "device",
+        "blocks": "device",
     }
     assert record == {
         "schema_version": 3,
@@ -169,7 +172,7 @@ CHOICES = st.builds(
     RANKS,
     WORDS,
     st.sampled_from(["fp32", "bf16"]),
-    st.sampled_from(["unfused", "fused+subspace", "fused"]),
+    st.sampled_from(["unfused", "fused+subspace", "fused", "layer-major"]),
     st.sampled_from(["keep", "attn", "full"]),
     COUNTS,
     COUNTS,
@@ -199,7 +202,7 @@ PLANS = st.builds(
         Card, WORDS, COUNTS, COUNTS, COUNTS, COUNTS, WORDS, WORDS, st.none() | st.just(RATES)
     ),
     CHOICES,
-    st.builds(Memory, COUNTS, COUNTS, COUNTS, PARTS, WORDS, st.lists(PHASES, max_size=2)),
+    st.builds(Memory, COUNTS, COUNTS, COUNTS, PARTS, WORDS, st.lists(PHASES, max_size=2), COUNTS),
     st.lists(
         st.builds(
             Candidate, CHOICES, st.booleans(), COUNTS, st.booleans(), WORDS, st.none() | PENALTIES

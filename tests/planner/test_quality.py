@@ -11,11 +11,11 @@ import pytest
 
 from lowmem.config.presets import preset_names, read_preset
 from lowmem.config.recompute import levels_of
-from lowmem.config.schema import Config, ModelConfig
+from lowmem.config.schema import Config, ModelConfig, StatePlace
 from lowmem.optim.methods import METHODS
 from lowmem.optim.methods.spec import SIZES
 from lowmem.planner import quality
-from lowmem.planner.candidates import Kind, families
+from lowmem.planner.candidates import Kind, Way, families
 from lowmem.planner.candidates import quality as quality_of
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Card, Choice
@@ -196,7 +196,9 @@ class Imagined(Job):
 
     seed = 0
 
-    def persistent(self, kind: Kind) -> int:
+    def persistent(
+        self, kind: Kind, place: StatePlace = "device", blocks: StatePlace = "device"
+    ) -> int:
         base = zlib.crc32(f"{self.seed} {kind.method}".encode()) % 1000
         rank = kind.rank if isinstance(kind.rank, int) else 0
         states = {"8bit": 1, "bf16": 2}.get(kind.states, 4)
@@ -249,7 +251,10 @@ def test_removing_memory_never_gives_a_better_penalty(preset: str, seed: int) ->
 def _least(job: Imagined, kind: Kind) -> Choice:
     """Of the settings that the search allows, the smallest in these made-up sizes."""
     settings = itertools.product(["unfused", "fused"], [1, 16])
-    found = [job.choice(kind, mode, "full", "recompute", micro) for mode, micro in settings]  # type: ignore[arg-type]
+    found = [
+        job.choice(kind, Way(mode), "full", "recompute", micro)  # type: ignore[arg-type]
+        for mode, micro in settings
+    ]
     allowed = [one for one in found if one.update != "fused" or one.micro_batch == 16]
     return min(allowed, key=job.peak)
 

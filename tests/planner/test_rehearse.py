@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem.config.presets import read_preset
-from lowmem.config.schema import ModelConfig, OptimizerConfig
+from lowmem.config.schema import MOVE_EARLY, ModelConfig, OptimizerConfig
 from lowmem.kernels.slices import SLICE_ELEMENTS
 from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def choice(mode: Any, level: Any, weights: Any, accumulate: int) -> Choice:
-    clip = None if mode == "fused" else 1.0
+    clip = None if mode in MOVE_EARLY else 1.0
     return Choice("", None, "", weights, mode, level, 2, accumulate, clip)
 
 
@@ -54,6 +54,13 @@ def real_peak(
     optimizer_config: OptimizerConfig, how: Choice, seq_len: int, shape: ModelConfig = MODEL
 ) -> int:
     """The tracker's peak over two updates on CPU tensors."""
+    return real_update(optimizer_config, how, seq_len, shape).peak
+
+
+def real_update(
+    optimizer_config: OptimizerConfig, how: Choice, seq_len: int, shape: ModelConfig = MODEL
+) -> LiveBytes:
+    """The tracker of two updates on CPU tensors."""
     model = Llama(
         shape,
         dtype=compute_dtype(how.weights, "cpu"),
@@ -62,10 +69,12 @@ def real_peak(
         int8_ends=how.ends == "int8",
         recompute=how.recompute,
         keep_logits=how.logits == "keep",
+        boundaries=how.boundaries,
+        blocks=how.blocks,
     )
     model.initialise(0)
     optimizer = build_optimizer(
-        optimizer_config,
+        optimizer_config.model_copy(update={"place": how.place}),
         model.weights(),
         model.roles(),
         mode=how.update,
@@ -95,7 +104,7 @@ def real_peak(
             )
             optimizer.step()
             del loss_and_norm  # alive until here, as in training
-    return tracker.peak
+    return tracker
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", SLOW_INT8])
@@ -138,6 +147,35 @@ def test_sums_of_other_formats_are_rehearsed_to_the_byte(
     rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
     assert rehearsed.tensors == real_peak(optimizer, how, 32, shape)
     assert rehearsed.host == 0  # which is the device here
+
+
+@pytest.mark.parametrize("weights", ["bf16", SLOW_INT8])
+@pytest.mark.parametrize(
+    ("boundaries", "place", "blocks"),
+    [("keep", "device", "device"), ("host", "host", "device"), ("host", "host", "host")],
+)
+@pytest.mark.parametrize("micro_batches", [1, 2, 6])  # of the last only four are rehearsed
+@pytest.mark.parametrize("method", ["galore-8bit", "frugal"])
+def test_layer_major_order_is_rehearsed_to_the_byte(
+    method: str,
+    micro_batches: int,
+    boundaries: Any,
+    place: Any,
+    blocks: Any,
+    weights: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the device and, counted apart, in host memory."""
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", 192)
+    optimizer = OptimizerConfig.model_validate(METHODS.get(method, {"method": method}))
+    how = choice("layer-major", "full", weights, micro_batches)
+    how = replace(how, boundaries=boundaries, place=place, blocks=blocks)
+    shape = MODEL.model_copy(update={"tie_word_embeddings": micro_batches == 2})
+    rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
+    real = real_update(optimizer, how, 32, shape)
+    assert (rehearsed.tensors, rehearsed.host) == (real.peak, real.host_peak)
+    assert bool(rehearsed.host) == (boundaries == "host")
+    assert sum(rehearsed.parts.values()) == rehearsed.tensors
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -14,11 +14,11 @@ from lowmem.config.schema import Config, SumFormat
 from lowmem.errors import ConfigError
 from lowmem.kernels.slices import SLICE_ELEMENTS
 from lowmem.optim.methods import METHODS, MethodSpec
-from lowmem.planner.candidates import Kind, modes
+from lowmem.planner.candidates import Kind, Way, modes
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job
 from lowmem.planner.plan import SCHEMA_VERSION, Choice, Plan
-from lowmem.planner.search import SUM_FORMATS, _in_any_way, make_plan
+from lowmem.planner.search import SUM_FORMATS, _in_any_form, make_plan
 from lowmem.planner.speed import matrices
 from lowmem.units import GIB
 
@@ -184,7 +184,7 @@ def test_the_cheap_bound_is_never_more_than_the_peak(kind: Kind) -> None:
         for mode in modes(config, kind, job.rows):
             if mode == "fused" and micro < job.rows:
                 continue
-            choice = job.choice(kind, mode, level, "recompute", micro)
+            choice = job.choice(kind, Way(mode), level, "recompute", micro)
             least = job.persistent(kind)
             assert least <= least + job.sums(choice) < job.peak(choice)
 
@@ -206,17 +206,17 @@ def summing(monkeypatch: pytest.MonkeyPatch) -> Job:
 
 def summed(job: Job, sums: SumFormat) -> Choice:
     kind = Kind("adamw", None, "fp32", sums=sums)
-    return job.choice(kind, "unfused", "full", "recompute", 1)
+    return job.choice(kind, Way("unfused"), "full", "recompute", 1)
 
 
 def test_sums_are_no_coarser_than_it_takes_to_fit(summing: Job) -> None:
     peaks = {sums: summing.peak(summed(summing, sums)) for sums in SUM_FORMATS}
     assert list(peaks.values()) == sorted(set(peaks.values()), reverse=True)
     for sums, peak in peaks.items():
-        found = _in_any_way(summing, peak)[2]
+        found = _in_any_form(summing, peak)[2]
         assert found == summed(summing, sums)
-        assert _in_any_way(summing, peak - 1)[2] != found
-    assert _in_any_way(summing, peaks["host"] - 1)[2] is None
+        assert _in_any_form(summing, peak - 1)[2] != found
+    assert _in_any_form(summing, peaks["host"] - 1)[2] is None
 
 
 def test_sums_in_host_memory_are_counted_there(summing: Job) -> None:
@@ -238,8 +238,8 @@ def test_a_machine_without_the_memory_gets_no_host_sums(
     here = replace(summing, card=replace(summing.card, source="measured"))
     for free, chosen in ((needed - 1, None), (needed, summed(summing, "host"))):
         monkeypatch.setattr("lowmem.planner.search.available_memory", lambda free=free: free)
-        assert _in_any_way(here, peak)[2] == chosen
-        assert _in_any_way(summing, peak)[2] == summed(summing, "host")  # a card elsewhere
+        assert _in_any_form(here, peak)[2] == chosen
+        assert _in_any_form(summing, peak)[2] == summed(summing, "host")  # a card elsewhere
 
 
 def test_a_plan_says_that_sums_are_coarser() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.config.schema import Config
+from lowmem.config.schema import MOVE_EARLY, Config
 from lowmem.data.shards import Corpus
 from lowmem.errors import CheckpointError, DataError, Stopped
 from lowmem.optim import methods as all_methods
@@ -36,8 +36,8 @@ def ready(config: Config) -> Config:
     filled = {
         "micro_batch": 8 if train.micro_batch == "auto" else train.micro_batch,
         "update": "unfused" if train.update == "auto" else train.update,
-        "recompute": "attn",
-        "clip": "off" if train.update == "fused" else 0.5,
+        "recompute": "full" if train.update == "layer-major" else "attn",
+        "clip": "off" if train.update in MOVE_EARLY else 0.5,
     }
     method = "adamw" if optimizer.method == "auto" else optimizer.method
     return config.model_copy(
@@ -78,10 +78,11 @@ def hashes(run: Run) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in files}
 
 
-MODES = ("unfused", "fused+subspace", "fused")
-CASES = [  # of codes one method is enough for every day
+MODES = ("unfused", "fused+subspace", "fused", "layer-major")
+CASES = [  # of codes one method is enough for every day, and of the last mode bf16
     pytest.param(*case, marks=pytest.mark.slow)
-    if case[2] == "int8" and case[0] != "galore-8bit"
+    if (case[2] == "int8" and case[0] != "galore-8bit")
+    or (case[1] == "layer-major" and case[2] != "bf16")
     else case
     for case in itertools.product(METHODS, MODES, ("fp32", "bf16", "int8"))
 ]
@@ -94,8 +95,12 @@ def test_resume_continues_bit_for_bit(
     how: dict[str, Any] = {"update": mode, "weights": weights}
     if mode != "fused":
         how["micro_batch"] = 3  # 3 + 3 + 2 sequences
+    optimizer = METHODS[method]
+    if mode == "layer-major":
+        how |= {"boundaries": "host", "blocks": "host"}
+        optimizer = {**optimizer, "place": "host"}
     config = ready(
-        tiny_config(optimizer=METHODS[method], train=how, evaluate={"tokens": 500, "every": 2})
+        tiny_config(optimizer=optimizer, train=how, evaluate={"tokens": 500, "every": 2})
     )
     whole = Run.create(in_folder(config, "whole"), None)
     train(whole, tiny_corpus, silent)
