@@ -11,6 +11,7 @@ the least rank of that class; then the rank is raised as far as these settings l
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,6 +62,17 @@ class Found:
 
     choice: Choice
     order: tuple[int, bool, int, int]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a family goes in one way: the kinds of its best class of quality that fit, of rising
+    rank, the first two parts of `Found.order`, and the smallest settings of the last kind."""
+
+    kinds: list[Kind]
+    way: Way
+    order: tuple[int, bool]
+    smallest: Choice
 
 
 def make_plan(
@@ -223,7 +235,7 @@ def search(job: Job, room: int) -> tuple[list[Candidate], Choice | None]:
     for family in families(job.config, job.model):
         if best is not None and quality(family.best, job.model).rung > best.order[0]:
             break
-        found = _best_of(job, family, room)
+        found = _best_of(job, family, room, best)
         if found is None:
             row = _rejected(job, family, room)
             if family.method not in rejected or row.peak_bytes < rejected[family.method].peak_bytes:
@@ -238,12 +250,23 @@ def search(job: Job, room: int) -> tuple[list[Candidate], Choice | None]:
     return [*rows, Candidate(best.choice, True, peak, reason="chosen")], best.choice
 
 
-def _best_of(job: Job, family: Family, room: int) -> Found | None:
-    """The best settings of a family that fit."""
+def _best_of(job: Job, family: Family, room: int, than: Found | None = None) -> Found | None:
+    """The best settings of a family that fit; if worse than those of `than`, any that fit.
+
+    Ways are compared by what is cheap to know, and only the fastest settings of the best sought.
+    """
     if _least_persistent(job, family.least) > room:
         return None
-    found = [_best_in(job, family, way, room) for way in _ways(job, family.least)]
-    return min((each for each in found if each is not None), key=lambda f: f.order, default=None)
+    reached = [_reach(job, family, way, room) for way in _ways(job, family.least)]
+    found: Found | None = None
+    for reach in sorted((each for each in reached if each), key=lambda each: each.order):
+        rival = found or than
+        if rival is not None and reach.order > rival.order[:2]:
+            return found or Found(reach.smallest, (*reach.order, sys.maxsize, 0))
+        fastest = _fastest_in(job, reach, room)
+        if fastest is not None and (found is None or fastest.order < found.order):
+            found = fastest
+    return found
 
 
 def _ways(job: Job, kind: Kind) -> list[Way]:
@@ -256,40 +279,44 @@ def _least_persistent(job: Job, kind: Kind) -> int:
     return min(job.persistent(kind, *each) for each in places)
 
 
-def _best_in(job: Job, family: Family, way: Way, room: int) -> Found | None:
+def _reach(job: Job, family: Family, way: Way, room: int) -> Reach | None:
     """With the most exact sums with which anything fits."""
     exact: list[SumFormat] = ["fp32"]
     layer_major = way.update == "layer-major"
     for sums in exact if layer_major else sum_formats(job.config, family.least):
-        found = _best_with(job, replace(family, sums=sums), way, room)
-        if found is not None:
-            return found
+        kinds = [replace(family, sums=sums).kind(rank) for rank in family.ranks]
+        reach = _reach_of(job, kinds, way, room)
+        if reach is not None:
+            return reach
     return None
 
 
-def _best_with(job: Job, family: Family, way: Way, room: int) -> Found | None:
-    kinds = [family.kind(rank) for rank in family.ranks]
+def _reach_of(job: Job, kinds: list[Kind], way: Way, room: int) -> Reach | None:
+    def fitting(index: int) -> list[Choice]:
+        return [each for each in _smallest(job, kinds[index], way) if job.fits(each, room)]
 
-    def fits(index: int) -> bool:
-        return any(job.fits(choice, room) for choice in _smallest(job, kinds[index], way))
-
-    top = _last(len(kinds), fits)
+    top = _last(len(kinds), lambda index: bool(fitting(index)))
     if top is None:
         return None
     rung, low = quality(kinds[top], job.model).rung, top
     if job.config.optimizer.rank == "auto":  # a rank that was asked for is not given up for speed
         low = next(i for i in range(top + 1) if quality(kinds[i], job.model).rung <= rung)
-    settings = _fastest(job, kinds[low], way, room)
+    early = way.update in MOVE_EARLY
+    return Reach(kinds[low : top + 1], way, (rung, early), fitting(top)[0])
+
+
+def _fastest_in(job: Job, reach: Reach, room: int) -> Found | None:
+    """The fastest settings with the least rank, then the largest rank for which they leave room."""
+    settings = _fastest(job, reach.kinds[0], reach.way, room)
     if settings is None:
         return None
 
-    def leaves_room(index: int) -> bool:
-        return job.fits(replace(settings, rank=kinds[index].rank), room)
+    def of(index: int) -> Choice:
+        return replace(settings, rank=reach.kinds[index].rank)
 
-    raised = low + (_last(top + 1 - low, lambda index: leaves_room(low + index)) or 0)
-    choice = replace(settings, rank=kinds[raised].rank)
-    coarse, early = SUM_FORMATS.index(choice.sums), way.update in MOVE_EARLY
-    return Found(choice, (rung, early, coarse, _speed_class(job, settings)))
+    choice = of(_last(len(reach.kinds), lambda index: job.fits(of(index), room)) or 0)
+    coarse = SUM_FORMATS.index(choice.sums)
+    return Found(choice, (*reach.order, coarse, _speed_class(job, settings)))
 
 
 def _speed_class(job: Job, choice: Choice) -> int:
