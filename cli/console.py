@@ -242,12 +242,7 @@ def _device_line(plan: Plan) -> list[str]:
     if plan.card.kind == "cpu":
         return []
     used, total = format_bytes(plan.device_bytes), format_bytes(plan.card.total)
-    lines = [f"        {used} of the card's {total} in use, with context and others"]
-    if plan.memory.host:
-        lines.append(
-            f"        {format_bytes(plan.memory.host)} of host memory, for sums of gradients"
-        )
-    return lines
+    return [f"        {used} of the card's {total} in use, with context and others"]
 
 
 def _energy(plan: Plan) -> str:

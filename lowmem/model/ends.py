@@ -10,6 +10,7 @@ Either may be 8-bit codes: a lookup makes floats of its tokens' rows, a product 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from lowmem.kernels.linear_cross_entropy import (
     row_slices,
 )
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_backward
+from lowmem.model.sink import SurveyingSink
 from lowmem.phases import phase
 
 if TYPE_CHECKING:  # llama.py imports this file
@@ -59,6 +61,9 @@ class EmbeddingStep(torch.autograd.Function):
                 model.hand_rows(EMBEDDING, start, rows)
 
         with phase("gradient of embedding"):
+            sink = model.sink
+            if not ctx.tied and isinstance(sink, SurveyingSink) and sink.wants_survey(EMBEDDING):
+                embedding_gradient(model, ctx.inputs, grad, partial(sink.survey_rows, EMBEDDING))
             embedding_gradient(model, ctx.inputs, grad, take)
             if ctx.tied:
                 model.hand(EMBEDDING, ctx.tied.pop())

@@ -28,6 +28,17 @@ class CountingSink(GradientSink, Protocol):
         """What comes next is the last but so many of its weight's gradients in this update."""
 
 
+@runtime_checkable
+class SurveyingSink(GradientSink, Protocol):
+    """A sink that may be shown a gradient's rows before it receives them."""
+
+    def wants_survey(self, name: str) -> bool:
+        """Shall all rows be shown before the first is handed over?"""
+
+    def survey_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Look at the rows start, start + 1, ..., which come again."""
+
+
 class ParameterGrads:
     """The sink of a model that nobody attached to an optimizer: fills the parameters' `.grad`."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from lowmem.optim.formats import State, number
@@ -19,7 +20,7 @@ from lowmem.optim.lifts import Lift
 from lowmem.optim.place import Place
 from lowmem.optim.projectors import Projector
 from lowmem.optim.refresh import Refresh
-from lowmem.optim.rules import Rule, SubspaceRule, whole
+from lowmem.optim.rules import Direction, Rule, SubspaceRule, SurveyingRule, whole
 from lowmem.optim.weights import Step
 
 OnRefresh = Literal["keep", "reset", "rotate"]
@@ -32,13 +33,15 @@ class Needs:
 
     full_gradient: it cannot accumulate in a subspace. decay_first: weight decay before the step.
     curvature: the estimate of the Hessian's diagonal that it follows, see `curvature.py`.
-    by_rows: a row's update needs no other row's gradient; the method is then `ByRows`.
+    by_rows: a row's update needs no other row's gradient; the method is then `ByRows`. survey: the
+    same once it has been shown all rows; it is then `Surveying`.
     """
 
     full_gradient: bool
     decay_first: bool
     curvature: Curvature = "none"
     by_rows: bool = False
+    survey: bool = False
 
 
 class Method(Protocol):
@@ -78,6 +81,20 @@ class ByRows(Protocol):
         shown: some rows of the gradient. Rows start at multiples of 256 elements. None leaves the
         weight as it is, without decay.
         """
+
+
+@runtime_checkable
+class Surveying(Protocol):
+    """What else a method has that can update rows after a look at all of them."""
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def survey(self, rows: Tensor, so_far: Tensor | None) -> Tensor:
+        """What is known of the gradient with these rows; so_far: of those before them."""
+
+    def surveyed_update(self, survey: Tensor, shape: torch.Size, state: State) -> RowUpdate | None:
+        """As `ByRows.row_update`. shape: of the whole gradient."""
 
 
 @runtime_checkable
@@ -128,6 +145,7 @@ class Dense:
             full_gradient=True,
             decay_first=self.decay_first,
             by_rows=getattr(self.rule, "by_rows", False),
+            survey=isinstance(self.rule, SurveyingRule) and self.rule.surveys,
         )
 
     def init(self, weight: Tensor, place: Place) -> State:
@@ -147,10 +165,21 @@ class Dense:
 
     def row_update(self, shown: Tensor, state: State) -> RowUpdate | None:
         state["step"] = number(state, "step") + 1
-        direction = self.rule.direction(shown, state)
+        return self._rows_of(self.rule.direction(shown, state), shown.shape)
+
+    def survey(self, rows: Tensor, so_far: Tensor | None) -> Tensor:
+        assert isinstance(self.rule, SurveyingRule)
+        return self.rule.survey(rows, so_far)
+
+    def surveyed_update(self, survey: Tensor, shape: torch.Size, state: State) -> RowUpdate | None:
+        assert isinstance(self.rule, SurveyingRule)
+        state["step"] = number(state, "step") + 1
+        return self._rows_of(self.rule.surveyed(survey, shape[0]), shape)
+
+    def _rows_of(self, direction: Direction | None, shape: torch.Size) -> RowUpdate | None:
         if direction is None:
             return None
-        width = shown.numel() // max(1, shown.shape[0])
+        width = shape.numel() // max(1, shape[0])
 
         def update(gradient: Tensor, first: int) -> Step:
             flat, offset = gradient.view(-1), first * width

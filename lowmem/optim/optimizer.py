@@ -31,7 +31,7 @@ from lowmem.kernels.grouped_weight import Weight
 from lowmem.naming import seed_of
 from lowmem.optim.formats import State
 from lowmem.optim.host_states import HostStates
-from lowmem.optim.method import ByRows, Method, Reallocating, RowUpdate
+from lowmem.optim.method import ByRows, Method, Reallocating, RowUpdate, Surveying
 from lowmem.optim.place import Place
 from lowmem.optim.sums import Held, Staging, Sum, empty_sum, is_tensor, square
 from lowmem.optim.weights import Step, aligned, like, row_bounds, rows_of, write
@@ -47,12 +47,13 @@ class Arriving:
     """A gradient of which the rows before `stop` have arrived.
 
     whole: where it is put together. update: what applies rows at once; None where the method
-    leaves the weight as it is.
+    leaves the weight as it is. survey: what all its rows have told beforehand.
     """
 
     stop: int = 0
     whole: Tensor | None = None
     update: RowUpdate | None = None
+    survey: Tensor | None = None
 
 
 @dataclass
@@ -218,9 +219,9 @@ class Optimizer:
         slot = self.slots[name]
         if self._held_only is not None and name not in self._held_only:
             return
-        by_rows = _goes_by_rows(slot.method)
         held = self._held_only is not None or self.mode in _WHOLE
         arriving = _next_rows(slot, name, start, len(rows))
+        by_rows = _goes_by_rows(slot.method) or arriving.survey is not None
         if held or (by_rows and self.mode == "fused+subspace"):
             with phase("hold"):
                 self._add(name, rows, start, slot.weight.shape)
@@ -238,6 +239,20 @@ class Optimizer:
                 self.receive(name, arriving.whole)
             elif self.mode == "layer-major":
                 self._advance(name)
+
+    def wants_survey(self, name: str) -> bool:
+        """In `fused` mode a method may apply rows that it has seen before, and need no whole."""
+        method = self.slots[name].method
+        return self.mode == "fused" and self._held_only is None and method.needs.survey
+
+    @torch.no_grad()
+    def survey_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Look at these rows, all of which come before the first is received."""
+        slot = self.slots[name]
+        assert isinstance(slot.method, Surveying)
+        arriving = slot.arriving = slot.arriving or Arriving()
+        with phase("update"):
+            arriving.survey = slot.method.survey(rows, arriving.survey)
 
     def expect(self, left: int) -> None:
         """In layer-major mode: `left` more gradients of the same weight follow the next one.
@@ -384,15 +399,21 @@ class Optimizer:
         """Turn these rows of the gradient into a step of these rows of the weight."""
         slot = self.slots[name]
         assert slot.arriving is not None
-        assert isinstance(slot.method, ByRows)
         self.moved = True
         with phase("update"), self.writing():
             if start == 0:
-                slot.arriving.update = slot.method.row_update(rows, slot.state)
+                slot.arriving.update = self._row_update(slot, slot.arriving.survey, rows)
             update = slot.arriving.update
             if update is not None:
                 weight = rows_of(slot.weight, start, start + len(rows))
                 self._write(name, weight, update(rows.contiguous(), start), start)
+
+    def _row_update(self, slot: Slot, survey: Tensor | None, rows: Tensor) -> RowUpdate | None:
+        if survey is not None:
+            assert isinstance(slot.method, Surveying)
+            return slot.method.surveyed_update(survey, slot.weight.shape, slot.state)
+        assert isinstance(slot.method, ByRows)
+        return slot.method.row_update(rows, slot.state)
 
     def _write(self, name: str, weight: Weight, step: Step, first_row: int = 0) -> None:
         slot = self.slots[name]

@@ -9,7 +9,7 @@ Rules that several methods share stand here; one that a single method needs stan
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -67,6 +67,21 @@ class Rule(Protocol):
 
     def reset(self, state: State) -> None:
         """Forget the moments."""
+
+
+@runtime_checkable
+class SurveyingRule(Protocol):
+    """A rule that may need only sums over all rows to treat each by itself."""
+
+    @property
+    def surveys(self) -> bool:
+        """Does it?"""
+
+    def survey(self, rows: Tensor, so_far: Tensor | None) -> Tensor:
+        """Those sums with these rows; so_far: of the rows before them, may be changed."""
+
+    def surveyed(self, survey: Tensor, rows: int) -> Direction:
+        """What to do with a gradient of so many rows; bit for bit that of the whole one."""
 
 
 class SubspaceRule(Rule, Protocol):

@@ -200,6 +200,9 @@ class _Listener(Optimizer):
     def receive_rows(self, name: str, start: int, rows: Tensor) -> None:
         self.recorder.hand(name, (start, len(rows), False, self.left))
 
+    def wants_survey(self, name: str) -> bool:
+        return False  # the moments are those of the rows that follow
+
     def norm(self) -> Tensor:
         return torch.empty(0, device="meta")
 
@@ -305,14 +308,32 @@ def _costs(tracker: LiveBytes, owner: Optimizer, choice: Choice, pieces: Pieces)
         if alike not in known:
             host = tracker.host
             received = [
-                [_received(tracker, owner, name, piece) for piece in pieces[kin(name)]]
-                for _ in range(passes)
+                _all_received(tracker, owner, name, pieces[kin(name)]) for _ in range(passes)
             ]
             host = tracker.host - host
             square = _squared(tracker, slot)
             known[alike] = Cost(received, square, _called(tracker, owner.step), host)
         found[name] = known[alike]
     return found
+
+
+def _all_received(
+    tracker: LiveBytes, owner: Optimizer, name: str, pieces: list[Piece]
+) -> list[Call]:
+    """A survey of the rows is part of the first call: the model makes them at the same height."""
+    if pieces[0][2] or not owner.wants_survey(name):
+        return [_received(tracker, owner, name, piece) for piece in pieces]
+    weight, before, highest = owner.slots[name].weight, tracker.live, 0
+    for start, rows, _, _ in pieces:
+        others = tracker.live
+        gradient = torch.empty((rows, *weight.shape[1:]), dtype=weight.dtype, device="meta")
+        tracker.peak, there = tracker.live, tracker.live - others
+        owner.survey_rows(name, start, gradient)
+        highest = max(highest, tracker.peak - before - there)
+        del gradient
+    surveyed = tracker.live - before
+    first, *later = [_received(tracker, owner, name, piece) for piece in pieces]
+    return [Call(max(highest, surveyed + first.extra), surveyed + first.left), *later]
 
 
 def _received(tracker: LiveBytes, owner: Optimizer, name: str, piece: Piece) -> Call:

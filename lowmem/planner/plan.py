@@ -110,8 +110,7 @@ class Choice:
         rank = "" if self.rank is None else f" rank {self.rank}"
         ends = " and ends" if self.ends == "int8" else ""
         logits = ", logits kept" if self.logits == "keep" else ""
-        other = "sums in host memory" if self.sums == "host" else f"{self.sums} sums"
-        summed = "" if self.sums == "fp32" else f", {other}"
+        summed = "" if self.sums in ("fp32", "host") else f", {self.sums} sums"
         away = [name for name, where in self.away() if where == "host"]
         host = f", {', '.join(away)} on the host" if away else ""
         return (

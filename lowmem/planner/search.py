@@ -109,12 +109,18 @@ def make_plan(
 
 
 def _in_any_form(job: Job, room: int) -> tuple[Job, list[Candidate], Choice | None]:
-    """The search, and where nothing fits, again in each of the other forms until something does."""
+    """The search, and where nothing fits, again in each of the other forms until something does.
+
+    If nothing does, the rows are those of the smallest form of which nothing lies elsewhere.
+    """
+    resident = _resident_forms(job)
+    tried: list[tuple[Job, list[Candidate]]] = []
     for form in _forms(job):
         rows, choice = search(form, room)
         if choice is not None and not _lacks_host_memory(form, choice):
             return form, rows, choice
-    return form, rows, None
+        tried.append((form, rows))
+    return *tried[len(resident) - 1], None
 
 
 def _lacks_host_memory(job: Job, choice: Choice) -> bool:
@@ -124,10 +130,14 @@ def _lacks_host_memory(job: Job, choice: Choice) -> bool:
 
 def _forms(job: Job) -> list[Job]:
     """The job; with int8 embedding and head; in layer-major order; with sums in host memory."""
-    forms = [form for form in (job, _coarser(job)) if form is not None]
+    forms = _resident_forms(job)
     hosts = [host for form in forms if (host := _on_host(form)) is not None]
     order = _layer_major(job)
     return [*forms, *([] if order is None else [order]), *hosts]
+
+
+def _resident_forms(job: Job) -> list[Job]:
+    return [form for form in (job, _coarser(job)) if form is not None]
 
 
 def _on_host(job: Job) -> Job | None:

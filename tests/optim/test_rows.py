@@ -18,6 +18,12 @@ MODES = ["unfused", "fused+subspace", "fused"]
 ROLES = ("embedding", "head", "mlp.up")
 
 
+@pytest.fixture(autouse=True)
+def vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over all rows are made slice by slice, in the slices in which rows arrive."""
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", ROWS)
+
+
 def draw(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(9)
     return [torch.randn(SHAPE, generator=generator).to(dtype) for _ in range(count)]
@@ -42,6 +48,8 @@ def update(
             if slices is None:
                 optimizer.receive(role, gradient.clone())
                 continue
+            for start in range(0, len(gradient), slices) if optimizer.wants_survey(role) else ():
+                optimizer.survey_rows(role, start, gradient[start : start + slices])
             for start in range(0, len(gradient), slices):
                 optimizer.receive_rows(role, start, gradient[start : start + slices].clone())
     norm = optimizer.norm()
@@ -95,8 +103,9 @@ def test_a_fused_update_in_slices_has_the_same_bits(case: str) -> None:
 @pytest.mark.parametrize("case", ["adamw", "adamw-8bit", "lion-bf16", "galore-8bit", "scale"])
 @pytest.mark.parametrize("slices", [ROWS, 128, 1000])
 def test_slices_of_any_length_have_the_same_bits_in_every_mode(
-    case: str, mode: str, dtype: torch.dtype, slices: int
+    case: str, mode: str, dtype: torch.dtype, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", slices)
     check(case, mode, dtype, slices=slices)
 
 
@@ -110,6 +119,24 @@ def test_slices_of_several_micro_batches_are_summed_in_float32(case: str, mode: 
 @pytest.mark.parametrize("group", [128, 256, 160])  # 160: a slice is 5 blocks and 8 groups
 def test_codes_are_written_the_same_in_slices(mode: str, group: int) -> None:
     check("adamw-8bit", mode, torch.bfloat16, group=group)
+    check("scale", mode, torch.bfloat16, group=group)
+
+
+def test_columns_are_normalised_without_the_whole_gradient() -> None:
+    """Of SCALE's embedding; a second look at its rows takes the place of their memory."""
+    (gradient,) = draw(1)
+    optimizer = optimizer_of("scale", "fused", torch.float32)
+    assert optimizer.wants_survey("embedding")
+    assert not optimizer_of("scale", "unfused", torch.float32).wants_survey("embedding")
+    update(optimizer, [gradient], ROWS)
+    optimizer.begin(0.01, 1)
+    with LiveBytes("cpu") as tracker:
+        tracker.track([slot.weight for slot in optimizer.slots.values()], "weights")
+        before = tracker.live
+        for start in range(0, len(gradient), ROWS):
+            optimizer.survey_rows("embedding", start, gradient[start : start + ROWS])
+        optimizer.receive_rows("embedding", 0, gradient[:ROWS])
+    assert tracker.peak - before < gradient.nbytes + 10 * ROWS * SHAPE[1] * 4
 
 
 def rows_of_w(mode: Any = "fused") -> Optimizer:

@@ -118,6 +118,18 @@ def test_composed_is_rehearsed_in_layer_major_order(
     assert composed == rehearsed
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize(("mode", "accumulate"), MODES)
+def test_composed_is_rehearsed_where_rows_are_surveyed(
+    mode: str, accumulate: int, weights: Any
+) -> None:
+    how = replace(choice("adamw", mode, accumulate, "full"), method="scale", weights=weights)
+    if weights == "int8":
+        how = replace(how, ends="int8")
+    composed, rehearsed = both(model(5, vocab_size=9001), how, "flash")
+    assert composed == rehearsed
+
+
 @pytest.mark.parametrize("rest", ["adam8bit", "apollo_mini"])
 @pytest.mark.parametrize(("mode", "accumulate"), MODES)
 def test_composed_is_rehearsed_with_ends_in_codes(mode: str, accumulate: int, rest: str) -> None:

@@ -52,6 +52,13 @@ def test_seven_billion_fit_24gb_with_the_best_published_method() -> None:
     assert said["schema_version"] == SCHEMA_VERSION
 
 
+@pytest.mark.slow
+def test_seven_billion_fit_8gb_with_a_desktop() -> None:
+    plan = plan_of("llama-7b", "8GB", train={"batch": "1seq"})
+    assert plan.fits
+    assert (plan.choice.weights, plan.choice.ends, plan.choice.update) == ("int8", "int8", "fused")
+
+
 def test_adamw_at_7b_does_not_fit_and_says_what_helps() -> None:
     fixed: dict[str, Any] = {
         "optimizer": {"method": "adamw", "states": "fp32"},

@@ -8,6 +8,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from lowmem.config.schema import StateFormat
+from lowmem.kernels.linear_cross_entropy import row_slices as vocabulary_slices
 from lowmem.optim.formats import Float32, Format, State, fill_zero, format_named
 from lowmem.optim.method import ByRole, Dense
 from lowmem.optim.methods.arguments import Beta, Betas, Eps
@@ -33,8 +34,12 @@ class Normalised:
 
     @property
     def by_rows(self) -> bool:
-        """Rows are normalised by themselves, columns only when all rows are there."""
+        """Rows are normalised by themselves, columns by sums over all rows."""
         return self.outputs == 0
+
+    @property
+    def surveys(self) -> bool:
+        return self.outputs == 1
 
     def init(self, state: State, like: Tensor, place: Place) -> None:
         if self.momentum:
@@ -43,9 +48,11 @@ class Normalised:
     def direction(self, gradient: Tensor, state: State) -> Direction:
         rows, width = gradient.shape
         if self.outputs == 1:
-            length = torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32)
-            columns = length.mul_(rows**-0.5).clamp_(min=_SMALLEST)
-            return Direction(lambda piece, at: (piece.view(-1, width) / columns).view(-1))
+            squares: Tensor | None = None
+            for start, stop in vocabulary_slices(rows):  # in the slices in which it may arrive
+                squares = self.survey(gradient[start:stop], squares)
+            assert squares is not None
+            return self.surveyed(squares, rows)
 
         def of(piece: Tensor, at: slice) -> Tensor:
             if self.momentum:
@@ -59,6 +66,16 @@ class Normalised:
             return moved.view(-1)
 
         return Direction(of)
+
+    def survey(self, rows: Tensor, so_far: Tensor | None) -> Tensor:
+        """Sums of squares by column, (n), float32."""
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square_()
+        return squares if so_far is None else so_far.add_(squares)
+
+    def surveyed(self, survey: Tensor, rows: int) -> Direction:
+        columns = survey.div_(rows).sqrt_().clamp_(min=_SMALLEST)
+        width = len(columns)
+        return Direction(lambda piece, at: (piece.view(-1, width) / columns).view(-1))
 
     def reset(self, state: State) -> None:
         if self.momentum:
