@@ -188,9 +188,13 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], gap: int = 2) 
         header_style="bold",
         show_header=any(name.lstrip(">") for name in columns),
     )
-    for name in columns:
-        right = name.startswith(">")
-        table.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    for index, name in enumerate(columns):
+        table.add_column(
+            name.lstrip(">"),
+            justify="right" if name.startswith(">") else "left",
+            overflow="fold",
+            no_wrap=index == 0 and len(columns) > 1,  # what a row is called must be readable
+        )
     for row in rows:
         table.add_row(*row)
     return table

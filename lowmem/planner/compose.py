@@ -13,7 +13,7 @@ model to the byte (tests/planner/test_compose.py) in a thousandth of the time.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -400,8 +400,9 @@ def compose(model: ModelBytes, optimizer: OptimizerBytes, recompute: str, blocks
         like = [LIKE.index(level) for level in levels_of(recompute, blocks)[:-1]] + [len(LIKE) - 1]
     held = most = 0
     for number, each in enumerate(model.passes):
+        taken: Counter[str] = Counter()
         for moments, shift, block in _in_time(each, like):
-            peak, left = _walked(moments, optimizer.costs, number, block)
+            peak, left = _walked(moments, optimizer.costs, number, block, taken)
             most, held = max(most, held + shift + peak), held + left
     return optimizer.persistent + max(most, _stepped(model, optimizer, held))
 
@@ -433,17 +434,24 @@ def _shifts(each: Pass, like: Sequence[int]) -> list[int]:
 
 
 def _walked(
-    moments: Iterable[Moment], costs: Mapping[str, Cost], number: int, block: str
+    moments: Iterable[Moment],
+    costs: Mapping[str, Cost],
+    number: int,
+    block: str,
+    taken: Counter[str],
 ) -> tuple[int, int]:
-    """(the highest of these moments with what the optimizer adds, bytes that it keeps)."""
+    """(the highest of these moments with what the optimizer adds, bytes that it keeps).
+
+    taken: of every weight, how many pieces were handed before; a tied head's are the embedding's.
+    """
     most = held = 0
-    pieces: defaultdict[str, int] = defaultdict(int)
     for moment in moments:
         if not moment.handed:
             most = max(most, held + moment.live)
             continue
-        call = costs[block + moment.handed].received[number][pieces[moment.handed]]
-        pieces[moment.handed] += 1
+        name = block + moment.handed
+        call = costs[name].received[number][taken[name]]
+        taken[name] += 1
         most = max(most, held + moment.live + call.extra)
         held += call.left
     return most, held

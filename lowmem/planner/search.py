@@ -558,14 +558,14 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
     """The configuration with everything that the planner chose written down."""
     kind = kind_of(choice)
     optimizer = kind.optimizer(config.optimizer, model.parameters)
-    changes: dict[str, Any] = {
-        "lr": learning_rate(optimizer, model.parameters),
-        "weight_decay": weight_decay(optimizer, model.parameters),
-    }
+    optimizer = optimizer.model_copy(
+        update={
+            "lr": learning_rate(optimizer, model.parameters),
+            "weight_decay": weight_decay(optimizer, model.parameters),
+            "place": choice.place,
+        }
+    )
     layer_major = choice.update == "layer-major"
-    if layer_major or choice.place == "host":
-        changes["place"] = choice.place
-    optimizer = optimizer.model_copy(update=changes)
     train = config.train.model_copy(
         update={
             "micro_batch": choice.micro_batch,
