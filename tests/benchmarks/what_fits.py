@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:  # `python tests/benchmarks/...` from a clone
 
 from lowmem import __version__  # noqa: E402
 from lowmem.cli.settings import planned as plan_of  # noqa: E402
+from lowmem.config.defaults import rows_of  # noqa: E402
 from lowmem.config.flags import FLAGS  # noqa: E402
 from lowmem.config.load import load  # noqa: E402
 from lowmem.config.presets import read_preset  # noqa: E402
@@ -181,15 +182,16 @@ def plan_row(size: str, gpu: str, length: int) -> tuple[str, str]:
         if plan.fits:
             break
     made = plan.choice
-    tokens = made.micro_batch * made.accumulate * length
+    tokens = rows_of(plan.config.train.batch, length) * length
     if not plan.fits:
         short = (plan.memory.reserved - plan.card.usable_bytes) / MIB
         return f"| {size} | {gpu} | {length:,} | nothing fits: {short:,.0f} MiB short |", ""
     line = (
         f"| {size} | {gpu} | {length:,} | {tokens:,} | {made.method} | {made.rank or '-'} | "
         f"{made.states} | {made.weights} | {made.update} | "
-        f"{made.micro_batch} x {made.accumulate} | {plan.memory.tensors / MIB:,.0f} | "
-        f"{plan.memory.reserved / MIB:,.0f} |"
+        f"{made.micro_batch} x {made.accumulate} | {made.sums if made.accumulate > 1 else '-'} | "
+        f"{plan.memory.tensors / MIB:,.0f} | {plan.memory.reserved / MIB:,.0f} | "
+        f"{f'{plan.memory.host / MIB:,.0f}' if plan.memory.host else '-'} |"
     )
     return line, shlex.join(["lowmem", "plan", *words])
 
@@ -214,7 +216,7 @@ def page(pool: ProcessPoolExecutor, plans: list[str]) -> Iterator[str]:
 **rehearsed only**: nothing was measured on a card. Bytes of tensors are exact as far as a CPU can
 show; what the card's allocator, context and libraries take are presets (`memory.md`). A card of a
 class has what its driver reports, less context, desktop and margin. Peaks are MiB of tensors,
-cuBLAS workspaces included.
+cuBLAS workspaces included; `host` is page-locked memory of the machine, MiB too.
 
 ## What lowmem plans by itself
 
@@ -243,7 +245,7 @@ micro-batches of 1 x {LENGTH:,} tokens; the largest rank that fits, in steps of 
 def plan_table(pool: ProcessPoolExecutor) -> list[str]:
     title = (
         "| model | card | sequence | tokens per update | method | rank | states | weights "
-        "| update | micro-batch | tensors | reserved |"
+        "| update | micro-batch | sums | tensors | reserved | host |"
     )
     return list(table(title, pool.map(plan_row, *zip(*PLANS, strict=True))))
 
