@@ -218,6 +218,7 @@ def _card_lines(plan: Plan) -> list[str]:
         *_device_line(plan),
         *_host_lines(plan),
         *_speed_lines(plan),
+        f"Disk    {format_bytes(plan.checkpoint_bytes)} for each checkpoint",
     ]
 
 

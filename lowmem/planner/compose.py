@@ -36,6 +36,7 @@ from lowmem.planner.rehearse import (
     evaluate,
     model_on_meta,
     standing_for,
+    stored,
     track_persistent,
     update,
 )
@@ -268,6 +269,19 @@ def persistent_bytes(owner: Optimizer, blocks: int) -> int:
     others = tracker.live
     track_persistent(tracker, owner, second)
     return tracker.live + (blocks - _depth(owner)) * (tracker.live - others)
+
+
+def stored_bytes(owner: Optimizer, blocks: int) -> int:
+    """Weights and states in a checkpoint of a model with so many blocks, from the same owner."""
+
+    def of(names: Iterable[str]) -> int:
+        slots = [owner.slots[name] for name in names]
+        states = [value for slot in slots for value in slot.state.values()]
+        weights = [tensor for slot in slots for tensor in stored(slot.weight)]
+        return sum(each.nbytes for each in [*weights, *states] if isinstance(each, Tensor))
+
+    second = [name for name in owner.slots if name.startswith(_block(1))]
+    return of(owner.slots) + (blocks - _depth(owner)) * of(second)
 
 
 def optimizer_bytes(

@@ -40,6 +40,7 @@ from lowmem.planner.compose import (
     model_bytes,
     optimizer_bytes,
     persistent_bytes,
+    stored_bytes,
 )
 from lowmem.planner.plan import Card, Choice, Memory, Rates
 from lowmem.planner.rehearse import (
@@ -149,6 +150,11 @@ class Job:
             )  # any mode: states are the same
             self._persistent[key] = persistent_bytes(owner, self.model.num_hidden_layers)
         return self._persistent[key] + self.workspace
+
+    def stored(self, choice: Choice) -> int:
+        """Weights and states in one checkpoint."""
+        owner = self._owner(replace(kind_of(choice), sums="fp32"), "unfused")
+        return stored_bytes(owner, self.model.num_hidden_layers)
 
     def sums(self, choice: Choice) -> int:
         """What is held between the micro-batches of an update."""

@@ -212,6 +212,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)  # what nobody gave, and why it became this
     speed: Speed | None = None  # None where no rates are known
     quality: Penalty | None = None  # by the published evidence
+    checkpoint_bytes: int = 0  # weights and states of one checkpoint
 
     @property
     def fits(self) -> bool:
@@ -263,6 +264,7 @@ class Plan:
             tensor_bytes=self.memory.tensors,
             allocated_bytes=self.memory.allocated,
             device_bytes=self.device_bytes,
+            checkpoint_bytes=self.checkpoint_bytes,
             host_bytes=self.memory.host,
             instant=self.memory.instant,
             parts=self.memory.parts,
@@ -305,6 +307,7 @@ class Plan:
             published.notes,
             published.speed,
             published.quality,
+            published.checkpoint_bytes,
         )
 
 
@@ -314,13 +317,13 @@ class PublishedPlan:
 
     fits: peak_bytes are at most usable_bytes. peak_bytes, allocated_bytes, tensor_bytes: what the
     allocator reserves, has allocated, and what is in live tensors, at most. device_bytes: what the
-    card will have lost. host_bytes: of host memory that is pinned. instant, parts: the worst
-    moment and what its tensors are for; phases: the same for every kind of phase, the highest
-    first. choice: the settings that decide memory. quality: penalty against tuned AdamW. speed,
-    training_seconds: estimates, null where no rates are known; training_kwh: at the card's power
-    limit, null where it is not known. candidates: the alternatives and why they were not taken.
-    fixes: flags that save memory, where nothing fits. advice: where memory could be saved. config:
-    the whole settled configuration. notes: what nobody gave, and why it became this.
+    card will have lost. checkpoint_bytes: on the disk. host_bytes: of host memory that is pinned.
+    instant, parts: the worst moment and what its tensors are for; phases: the same for every kind
+    of phase, the highest first. choice: the settings that decide memory. quality: penalty against
+    tuned AdamW. speed, training_seconds: estimates, null where no rates are known; training_kwh: at
+    the card's power limit, null where it is not known. candidates: the alternatives and why they
+    were not taken. fixes: flags that save memory, where nothing fits. advice: where memory could be
+    saved. config: the whole settled configuration. notes: what nobody gave, and why it became this.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -332,6 +335,7 @@ class PublishedPlan:
     tensor_bytes: int
     allocated_bytes: int
     device_bytes: int
+    checkpoint_bytes: int
     host_bytes: int
     instant: str
     parts: dict[str, int]

@@ -227,7 +227,7 @@ def _plan(job: Job, choice: Choice, rows: list[Candidate], notes: list[str]) -> 
     if job.tensors(choice) != memory.tensors and not curvatures(kind_of(choice), config.optimizer):
         notes.append("the search and the rehearsal disagree about this plan: please report it")
     cost = quality(kind_of(choice), job.model)
-    plan = Plan(filled, card, choice, memory, rows, [], notes, speed, cost)
+    plan = Plan(filled, card, choice, memory, rows, [], notes, speed, cost, job.stored(choice))
     return plan if plan.fits else replace(plan, fixes=list(fixes(job, choice, memory)))
 
 

@@ -83,6 +83,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
         "tensor_bytes": 9000,
         "allocated_bytes": 9500,
         "device_bytes": 10_000 + 500 + 300,
+        "checkpoint_bytes": 0,
         "host_bytes": 0,
         "instant": "backward of block 2, loss",
         "parts": {"weights": 4000, "states": 5000},

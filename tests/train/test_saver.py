@@ -18,6 +18,8 @@ import torch
 from lowmem.config.schema import CheckpointConfig, Config
 from lowmem.data.shards import Corpus
 from lowmem.errors import CheckpointError, Stopped
+from lowmem.planner.hardware import find_card
+from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors, sha256_of
 from lowmem.train import checkpoint, disk, loop, saver
 from lowmem.train.disk import Patience, most_at_once, require_room
@@ -294,6 +296,28 @@ def test_the_declared_size_is_that_of_the_tensors_on_disk(
     train(run, tiny_corpus, lambda event: None)
     tensors = [t for path in run.latest().rglob("*.safetensors") for _, t in read_tensors(path)]
     assert declared_bytes(run.config) == sum(tensor.nbytes for tensor in tensors)
+
+
+SAVED: list[dict[str, Any]] = [
+    {"optimizer": {"method": "galore", "rank": 8, "states": "8bit"}},
+    {"optimizer": {"method": "frugal"}, "train": {"weights": "bf16"}},
+    {"optimizer": {"method": "apollo_mini"}, "train": {"ends": "int8"}},
+    {"model": {"tie_word_embeddings": True}, "optimizer": {"method": "adamw"}},
+]
+
+
+@pytest.mark.parametrize("changes", SAVED)
+def test_a_plan_says_how_large_a_checkpoint_will_be(
+    changes: dict[str, Any], tiny_config: MakeConfig
+) -> None:
+    sections = dict(changes)
+    tied = sections.pop("model", {})
+    config = tiny_config(**sections)
+    assert not isinstance(config.model, str)
+    model = config.model.model_copy(update=tied)
+    config = config.model_copy(update={"model": model})
+    plan = make_plan(config, find_card("8GB", "cpu"), [])
+    assert plan.checkpoint_bytes == declared_bytes(plan.config)
 
 
 def test_a_run_is_refused_before_it_starts_without_room(
