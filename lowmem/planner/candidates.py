@@ -157,7 +157,10 @@ def rank_share(rank: Any, model: ModelConfig) -> float | None:
     """A rank as a share of the hidden size; the smallest of a table; None where there is none."""
     if isinstance(rank, dict):
         return min(rank_share(each, model) or 0.0 for each in rank.values())
-    return rank / model.hidden_size if isinstance(rank, int) else rank
+    if rank is None:
+        return None
+    least = 1 / model.hidden_size  # a fraction of less is rounded up to one line
+    return max(rank / model.hidden_size if isinstance(rank, int) else rank, least)
 
 
 def _families_of(name: str, config: Config, model: ModelConfig) -> list[Family]:

@@ -441,3 +441,9 @@ def test_what_layer_major_order_and_host_memory_cannot_do_is_refused(
         ways(config(**sections), kind, rows=8)
     assert what in error.value.what
     assert fix in error.value.fix
+
+
+def test_a_vanishing_fraction_is_a_rank_of_one() -> None:
+    """Found by fuzzing: its quality was no number."""
+    tiny, one = (quality(Kind("galore", rank, "fp32"), MODEL) for rank in (1e-320, 1))
+    assert tiny == one
