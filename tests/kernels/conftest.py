@@ -11,11 +11,13 @@ from lowmem.kernels.dispatch import forced
 
 _CARD = torch.cuda.is_available()
 _TRITON = importlib.util.find_spec("triton") is not None
+_WHY_NOT = "a card compiles what is interpreted elsewhere" if _CARD else ""
+_WHY_NOT = _WHY_NOT if _TRITON else "Triton is not installed"
 
 
 @pytest.fixture(
     params=[
-        pytest.param("interpreter", marks=pytest.mark.skipif(_CARD or not _TRITON, reason="-")),
+        pytest.param("interpreter", marks=pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT)),
         pytest.param(
             "cuda",
             marks=[pytest.mark.gpu, pytest.mark.skipif(not _CARD, reason="needs a CUDA device")],
