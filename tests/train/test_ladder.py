@@ -197,12 +197,13 @@ def test_smaller_slices_move_the_loss_by_rounding_alone(
 ) -> None:
     monkeypatch.setattr("lowmem.kernels.linear_cross_entropy.SLICE_ROWS", 256)
     monkeypatch.setattr("lowmem.kernels.slices.SLICE_ELEMENTS", {"cuda": 2**12, "cpu": 2**12})
-    plain, sliced = start("plain", "unfused"), start("sliced", "unfused")
+    slow = GALORE | {"lr": 1e-4}  # rounding alone, not what large steps make of it
+    plain, sliced = (start(name, "unfused", slow) for name in ("plain", "sliced"))
     trained(plain, tiny_corpus)
     report = trained(sliced, tiny_corpus, failing_until("slices", "loss"))
     assert report.steps == ["free", "slices"]
     assert content(sliced)[1] != content(plain)[1]
-    require_close(sliced, plain, 1e-4)  # the text, and so the figure, is of the sources: 1.2e-5
+    require_close(sliced, plain, 1e-5)
 
 
 @pytest.mark.parametrize("mode", ["unfused", "fused+subspace"])
