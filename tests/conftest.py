@@ -1,5 +1,6 @@
 """What several tests need: a small real corpus, and no cache but their own."""
 
+import gzip
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -47,24 +48,24 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with c4-train and c4-validation JSON lines: the project's own sources."""
-    folder = tmp_path_factory.mktemp("text")
-    sources = sorted((Path(__file__).parent.parent / "lowmem").rglob("*.py"))
-    lines = [json.dumps({"text": path.read_text("utf-8")}) + "\n" for path in sources]
-    (folder / "c4-validation.jsonl").write_text("".join(lines[::5]))
-    (folder / "c4-train.jsonl").write_text(
-        "".join(line for place, line in enumerate(lines) if place % 5)
-    )
-    return folder
+def tiny_text() -> Path:
+    """A folder with 300 + 80 documents of C4 in its own layout."""
+    return Path(__file__).parent / "c4"
+
+
+def tiny_documents(folder: Path, split: str) -> list[str]:
+    """The texts of one part of `tiny_text`."""
+    (path,) = (folder / "en").glob(f"c4-{split}.*.json.gz")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE tokenizer of 400 entries."""
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train(
-        [str(tiny_text / "c4-train.jsonl")], vocab_size=400, special_tokens=["<|endoftext|>"]
+    tokenizer.train_from_iterator(
+        tiny_documents(tiny_text, "train"), vocab_size=400, special_tokens=["<|endoftext|>"]
     )
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))

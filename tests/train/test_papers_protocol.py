@@ -1,6 +1,8 @@
 """The papers' protocol in training and evaluation, against a slow transcription of its trainer."""
 
+import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -24,6 +26,7 @@ from lowmem.train.evaluate import evaluate, evaluate_documents, evaluate_folder,
 from lowmem.train.events import Event, Measured, Trained
 from lowmem.train.loop import build, text_of, train
 from lowmem.train.run import Run
+from tests.conftest import tiny_documents
 
 LENGTH = 32
 MakeConfig = Callable[..., Config]
@@ -33,14 +36,15 @@ MakeConfig = Callable[..., Config]
 def documents(
     tiny_text: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Corpus:
-    """Lines of the project's sources: documents of very different lengths."""
+    """Words, then sentences of C4: documents of very different lengths, most shorter than a row."""
     folder, out = tmp_path_factory.mktemp("lines"), tmp_path_factory.mktemp("documents")
     for split in ("train", "validation"):
-        texts = (tiny_text / f"c4-{split}.jsonl").read_text().replace("\\n", '"}\n{"text": "')
-        lines = [line for line in texts.splitlines() if len(line) > 16][:3000]
+        text = "\n".join(tiny_documents(tiny_text, split))
+        pieces = text.split()[:500] + re.split(r"[.\n]", text)[:2500]
+        lines = [json.dumps({"text": piece}) for piece in pieces if piece.strip()]
         (folder / f"c4-{split}.jsonl").write_text("\n".join(lines))
     tokenizer = load_tokenizer(str(tiny_tokenizer))
-    options = {"row_tokens": LENGTH, "workers": 1, "skip_bad": True}
+    options = {"row_tokens": LENGTH, "workers": 1}
     return prepare(str(folder), tokenizer, out, **options)  # type: ignore[arg-type]
 
 
