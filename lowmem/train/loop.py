@@ -18,7 +18,7 @@ from lowmem.config.schema import MOVE_EARLY, Config, WeightFormat, settled
 from lowmem.data.batches import Batches, TrainingOrder, UpdateBatch, on_device
 from lowmem.data.documents import DocumentBatches
 from lowmem.data.shards import Corpus, TokenStream
-from lowmem.errors import DataError, DivergedError, HardwareError, Stopped
+from lowmem.errors import ConfigError, DataError, DivergedError, HardwareError, Stopped, short
 from lowmem.kernels.attention import choose_backend
 from lowmem.model.huggingface import folder_weights
 from lowmem.model.llama import Llama, compute_dtype
@@ -257,7 +257,17 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
 
 
 def require_hardware(config: Config) -> None:
-    """HardwareError unless this machine has the device and the packages that a run asks for."""
+    """HardwareError unless this machine has the device and the packages that a run asks for.
+
+    ConfigError where a launcher started several processes for it.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE={short(processes)}: a run is one process on one device",
+            "torchrun and its like would start the same run several times",
+            "run it without a launcher; CUDA_VISIBLE_DEVICES=1 chooses the second card",
+        )
     device = config.train.device
     if device == "cuda" and not torch.cuda.is_available():
         raise HardwareError(
