@@ -147,7 +147,9 @@ def _verdict(run: History) -> str:
     if told is None:
         return ""
     rows = [
-        [key.replace("_", " "), _plain(value)] for key, value in told.items() if key != "deviations"
+        [key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else _plain(value)]
+        for key, value in told.items()
+        if key != "deviations"
     ]
     deviations = told.get("deviations")
     listed = [_plain(each) for each in deviations] if isinstance(deviations, list) else []
@@ -363,7 +365,9 @@ def _environment(run: History) -> str:
     command = known.pop("command", None)
     rows = [[str(key), _plain(value)] for key, value in known.items()]
     if isinstance(command, list):
-        rows.append(["command", without_private(shlex.join(["lowmem", *map(str, command)]))])
+        # Word by word: what is joined looks like one path with spaces in it.
+        words = without_private(["lowmem", *map(str, command)])
+        rows.append(["command", shlex.join(words)])
     return _section("Environment", _table([], rows)) if rows else ""
 
 

@@ -18,7 +18,7 @@ import lowmem
 from lowmem.data.cache import sync_folder, write_whole
 from lowmem.data.jobs import Options
 from lowmem.data.pieces import Piece, is_held_out
-from lowmem.data.shards import FORMAT, MANIFEST, SCHEMA_VERSION, SPLITS, Split, token_dtype
+from lowmem.data.shards import FORMAT, MANIFEST, SCHEMA_VERSION, SPLITS, Split
 from lowmem.data.shuffle import documents_shuffled
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import DataError
@@ -42,7 +42,7 @@ def assemble(
     pieces: by split; without validation pieces, documents of the training pieces are held out.
     about: goes into the manifest's `source`.
     """
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = tokenizer.dtype
     everything = [piece for name in SPLITS for piece in pieces[name]]
     if not any(piece.documents for piece in everything):
         raise DataError(f"no text for {out}", _why_empty(everything), "give files that hold text")

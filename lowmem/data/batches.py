@@ -22,6 +22,7 @@ IGNORED = -100
 """The target that cross entropy leaves out."""
 
 _ROUNDS = 6
+_AT_ONCE = 2**13  # rows whose windows are computed together: a permutation costs by the call
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class UpdateBatch:
         rows, lengths = self.rows, self.lengths
         if self.by_length:
             lengths, order = lengths.sort(stable=True)
-            rows = rows[order]
-        for part, held in zip(rows.split(size), lengths.split(size), strict=True):
-            longest = int(held.max())
-            targets = part[:, 1 : longest + 1].clone()
-            targets[torch.arange(1, longest + 1) >= held[:, None]] = IGNORED
-            yield part[:, :longest].contiguous(), targets
+            rows = rows.index_select(0, order)
+        is_padding = torch.arange(1, rows.shape[1]) >= lengths[:, None]
+        targets = rows[:, 1:].masked_fill(is_padding, IGNORED)
+        for start in range(0, len(rows), size):
+            part, longest = slice(start, start + size), int(lengths[start : start + size].max())
+            yield rows[part, :longest].contiguous(), targets[part, :longest].contiguous()
 
     def digest(self) -> str:
         """sha256 of the tokens, to prove that a resumed run continues with the same batch."""
@@ -106,6 +107,8 @@ class Batches:
         self._rows_per_update = rows_per_update
         share = rows_per_update // ranks
         self._own = np.arange(rank * share, (rank + 1) * share)
+        self._together = max(1, min(_AT_ONCE, self.windows) // share)  # updates
+        self._first = -1  # of those whose windows are known
 
     def of(self, update: int) -> UpdateBatch:
         """The rows of update `update` (from 0)."""
@@ -120,7 +123,18 @@ class Batches:
         ]
 
     def _windows_of(self, update: int) -> np.ndarray:
-        epochs, places = np.divmod(update * self._rows_per_update + self._own, self.windows)
+        """(rows,) int64."""
+        first = update - update % self._together
+        if first != self._first:
+            updates = np.arange(first, first + self._together)
+            self._known = self._windows_at(updates[:, None] * self._rows_per_update + self._own)
+            self._first = first
+        chosen: np.ndarray = self._known[update - first]
+        return chosen
+
+    def _windows_at(self, rows: np.ndarray) -> np.ndarray:
+        """Of rows of the endless sequence, in the shape of `rows`."""
+        epochs, places = np.divmod(rows, self.windows)
         chosen = np.empty_like(places)
         for epoch in np.unique(epochs):
             now = epochs == epoch

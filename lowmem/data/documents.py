@@ -73,13 +73,13 @@ def padded(
     """These documents as rows; tokens: targets of the update. DataError: a damaged index."""
     starts, stops = stream.starts[documents], stream.starts[documents + 1]
     lengths = stops - starts
-    for document, length in zip(documents, lengths, strict=True):
-        if not 0 < length <= seq_len:
-            raise DataError(
-                f"the index of documents in {stream.folder} is damaged",
-                f"document {document} has {length} tokens, at most {seq_len} are possible",
-                f"lowmem data verify {stream.folder} names the file; prepare the text again",
-            )
+    for place in np.flatnonzero((lengths <= 0) | (lengths > seq_len)):
+        length = lengths[place]
+        raise DataError(
+            f"the index of documents in {stream.folder} is damaged",
+            f"document {documents[place]} has {length} tokens, at most {seq_len} are possible",
+            f"lowmem data verify {stream.folder} names the file; prepare the text again",
+        )
     breaks = np.flatnonzero(np.diff(documents) != 1) + 1  # where the text begins again
     runs = zip([0, *breaks], [*breaks, len(documents)], strict=True)
     text = [stream.read(int(starts[a]), int(stops[b - 1] - starts[a])) for a, b in runs]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.data.pieces import FRAGMENT_CHARACTERS, Piece, PieceWriter
-from lowmem.data.shards import SCHEMA_VERSION, Split, token_dtype
+from lowmem.data.shards import SCHEMA_VERSION, Split
 from lowmem.data.sources import Bad, Input, Reader
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import DataError
@@ -75,7 +75,7 @@ class PieceMaker:
             piece = Piece(
                 **{**told, "path": str(path), "skipped_first": tuple(told["skipped_first"])}
             )
-            width = token_dtype(self.tokenizer.vocab_size).itemsize
+            width = self.tokenizer.dtype.itemsize
             whole = os.path.getsize(piece.path + ".tokens") == piece.tokens * width
             whole &= os.path.getsize(piece.path + ".documents") == piece.documents * 16
         except (OSError, ValueError, KeyError, TypeError):

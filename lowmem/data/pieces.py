@@ -8,14 +8,13 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lowmem.data.cache import write_whole
-from lowmem.data.shards import Split, token_dtype
+from lowmem.data.shards import Split
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.units import MIB
 
@@ -70,7 +69,8 @@ class PieceWriter:
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._dtype = token_dtype(self.tokenizer.vocab_size)
+        self._width = self.tokenizer.dtype.itemsize
+        self._end = np.array(self.tokenizer.end_id, self.tokenizer.dtype).tobytes()
         self._texts: list[str] = []
         self._last: list[bool] = []  # whether a text ends its document
         self._buffered = 0
@@ -140,17 +140,14 @@ class PieceWriter:
         return piece
 
     def _flush(self) -> None:
-        encoded = self.tokenizer.encode_batch(self._texts)
-        if self.row_tokens is not None:
-            encoded = [ids[: self.row_tokens - 1] for ids in encoded]
-        for ids, last in zip(encoded, self._last, strict=True):
-            self._length += len(ids) + last
+        most = None if self.row_tokens is None else self.row_tokens - 1
+        for encoded, last in zip(self.tokenizer.encode(self._texts, most), self._last, strict=True):
+            ids = encoded + (self._end if last else b"")
+            self._file.write(ids)
+            self._length += len(ids) // self._width
+            self.tokens += len(ids) // self._width
             if last:
-                ids.append(self.tokenizer.end_id)
                 self._close_encoded()
-        count = sum(map(len, encoded))
-        np.fromiter(chain.from_iterable(encoded), self._dtype, count).tofile(self._file)
-        self.tokens += count
         self._texts, self._last, self._buffered = [], [], 0
 
     def _close_encoded(self) -> None:

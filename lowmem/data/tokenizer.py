@@ -7,12 +7,16 @@ special token is added, and nothing is cut although the file may ask for truncat
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from lowmem.data.hub import hub_file
+from lowmem.data.words import WordEncoder, cuts_at_spaces
 from lowmem.errors import DataError, short
 
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
@@ -21,11 +25,16 @@ END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>",
 _LARGEST_VOCABULARY = 2**24
 
 
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type on disk that holds every id below `vocab_size`."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
 class Tokenizer:
     """An unchanging tokenizer.
 
     name: how a manifest calls it. vocab_size: largest id in the file + 1. end_id: ends a document.
-    fingerprint: sha256 of tokenizer.json.
+    dtype: of an id on disk. fingerprint: sha256 of tokenizer.json.
     """
 
     def __init__(self, text: str, config: dict[str, Any], name: str) -> None:
@@ -46,6 +55,9 @@ class Tokenizer:
                 f"counts are kept for every id, up to {_LARGEST_VOCABULARY:,}",
                 "give --tokenizer an undamaged tokenizer.json",
             )
+        self.dtype = token_dtype(self.vocab_size)
+        by_word = cuts_at_spaces(self._encoder)
+        self._words = WordEncoder(self._whole, self.dtype.itemsize) if by_word else None
         self.end_token = _end_token(self._tokenizer, config, name)
         self.end_id = self._tokenizer.get_vocab(with_added_tokens=True)[self.end_token]
 
@@ -53,10 +65,17 @@ class Tokenizer:
         # `tokenizers` forgets encode_special_tokens when pickled, so workers build it anew.
         return Tokenizer, (self._text, self._config, self.name)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without special tokens."""
+    def encode(self, texts: Sequence[str], most: int | None = None) -> list[bytes]:
+        """The ids of each text, the first `most` of them, without special tokens, as `dtype`."""
+        found = self._whole(texts) if self._words is None else self._words.encode(texts, most)
+        return found if most is None else [ids[: most * self.dtype.itemsize] for ids in found]
+
+    def _whole(self, texts: Sequence[str]) -> list[bytes]:
         encoded = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
-        return [one.ids for one in encoded]
+        lists = [one.ids for one in encoded]
+        ids = np.fromiter(chain.from_iterable(lists), self.dtype).tobytes()
+        ends = accumulate((len(one) * self.dtype.itemsize for one in lists), initial=0)
+        return [ids[start:end] for start, end in pairwise(ends)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out."""

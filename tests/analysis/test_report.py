@@ -26,8 +26,8 @@ VERDICT = {
     "recipe": "galore-60m",
     "true_perplexity": 35.6,
     "published": 34.88,
-    "measured": 35.0,
-    "tolerance": "2 %",
+    "measured": 35.000006103515625,
+    "tolerance": 0.34880000000000005,
     "verdict": "no match",
     "deviations": ["batch 8seq instead of 512seq", "<script>alert(1)</script>"],
 }
@@ -113,6 +113,14 @@ def test_no_private_path_host_or_token_is_in_the_page(
     assert ".../text" in text
 
 
+def test_the_command_keeps_its_flags(make_run: Make) -> None:
+    folder = make_run("a")
+    command = ["train", "--data", "/home/x/my text", "--tokenizer", "/home/x/t5", "--seed", "3"]
+    (folder / "env.json").write_text(json.dumps({"command": command}))
+    told = "lowmem train --data '.../my text' --tokenizer .../t5 --seed 3"
+    assert told in Page(written(folder)).words
+
+
 def test_the_verdict_stands_with_its_deviations(make_run: Make) -> None:
     folder = make_run("a")
     assert "Verdict" not in Page(written(folder)).words
@@ -122,7 +130,7 @@ def test_the_verdict_stands_with_its_deviations(make_run: Make) -> None:
         "Verdict",
         "reproduction: no match",
         "34.88",
-        "35.0",
+        "measured35tolerance0.3488verdict",  # rounded
         "true perplexity",
         "35.6",
         "batch 8seq instead",

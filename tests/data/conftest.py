@@ -13,8 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lowmem.data import assemble
 from lowmem.data.assemble import ShardWriter
-from lowmem.data.shards import TokenStream, token_dtype
-from lowmem.data.tokenizer import Tokenizer, load_tokenizer
+from lowmem.data.shards import TokenStream
+from lowmem.data.tokenizer import Tokenizer, load_tokenizer, token_dtype
 
 WORDS = ["the", "rank", "of", "a", "gradient", "falls", "while", "moments", "keep", "a", "basis"]
 
@@ -46,6 +46,11 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return load_tokenizer(str(tokenizer_folder))
+
+
+def ids_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """What the tokenizer makes of each text."""
+    return [np.frombuffer(ids, tokenizer.dtype).tolist() for ids in tokenizer.encode(texts)]
 
 
 def documents(count: int, seed: int, words: int = 40) -> list[str]:

@@ -12,6 +12,7 @@ from lowmem.data.prepare import corpus_for
 from lowmem.data.sample import sample_corpus, sample_files, sample_source, sample_tokenizer
 from lowmem.data.shards import Corpus
 from lowmem.errors import DataError
+from tests.data.conftest import ids_of
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_tokens_are_the_source_of_the_library(corpus: Corpus) -> None:
         inputs, _ = sample_source()
         first = next(one for one in inputs if one.split == split and one.bytes > 1000)
         text = Path(first.path).read_bytes().decode()
-        (ids,) = tokenizer.encode_batch([text])
+        (ids,) = ids_of(tokenizer, [text])
         found = stream.read(0, min(stream.tokens, 4 * len(ids))).tolist()
         start = " ".join(map(str, found)).find(" ".join(map(str, ids[:200])))
         assert start >= 0
@@ -62,7 +63,7 @@ def test_its_tokenizer_is_small_and_lossless(corpus: Corpus) -> None:
     tokenizer = corpus.tokenizer()
     assert tokenizer.vocab_size == 8192
     text = "na\u00efve \u4e2d\u6587 \U0001f600\ttab\r\n  two  spaces <|endoftext|>"
-    (ids,) = tokenizer.encode_batch([text])
+    (ids,) = ids_of(tokenizer, [text])
     assert tokenizer.decode(ids) == text
     assert tokenizer.end_id not in ids
 

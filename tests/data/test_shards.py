@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lowmem.data.prepare import prepare
-from lowmem.data.shards import Corpus, is_corpus, open_corpus, token_dtype, verify_corpus
-from lowmem.data.tokenizer import Tokenizer
+from lowmem.data.shards import Corpus, is_corpus, open_corpus, verify_corpus
+from lowmem.data.tokenizer import Tokenizer, token_dtype
 from lowmem.errors import DataError
 from tests.data.conftest import MakeStream, documents, write_lines
 
