@@ -1,5 +1,7 @@
 """`lowmem config`: show, check and describe configurations."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 
@@ -45,29 +47,43 @@ def check(given: Given, files: list[Path]) -> None:
     if len(files) == 1 and wrong:
         raise wrong[0][1]
     if wrong:
-        told = [
-            f"{path}: {error.what}\n{indent(error.why, '  ')}".rstrip() for path, error in wrong
-        ]
-        fixes = dict.fromkeys(error.fix for _, error in wrong if error.fix)
-        raise ConfigError(
-            f"{len(wrong)} of {len(files)} files are wrong", "\n".join(told), "\n".join(fixes)
+        raise _together(
+            f"{len(wrong)} of {len(files)} files are wrong",
+            [(f"{path}: {error.what}", error) for path, error in wrong],
         )
 
 
+def _together(what: str, wrong: Sequence[tuple[str, LowMemError]]) -> ConfigError:
+    """One error that says all; each has its own name, and every fix stands once."""
+    told = [f"{name}\n{indent(error.why, '  ')}".rstrip() for name, error in wrong]
+    fixes = dict.fromkeys(error.fix for _, error in wrong if error.fix)
+    return ConfigError(what, "\n".join(told), "\n".join(fixes))
+
+
 def check_file(config: Config) -> None:
-    """ConfigError for an unknown model, card or method, or an argument that a method lacks."""
+    """ConfigError for unknown models, cards and methods, and arguments that a method lacks: all."""
     from lowmem.optim.methods import build_method
     from lowmem.planner.hardware import check_card
 
+    checks: list[Callable[[], object]] = [partial(check_card, config.gpu)]
     if config.model != "auto":
-        resolve_model(config.model, Path.cwd())
-    check_card(config.gpu)
+        checks.insert(0, partial(resolve_model, config.model, Path.cwd()))
     for name, section in (
         ("optimizer", config.optimizer),
         ("optimizer.rest", config.optimizer.rest),
     ):
         if section.method != "auto":
-            build_method(section.method, section.options, name)
+            checks.append(partial(build_method, section.method, section.options, name))
+    wrong = []
+    for each in checks:
+        try:
+            each()
+        except LowMemError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        raise _together(f"{len(wrong)} settings are wrong", [(e.what, e) for e in wrong])
 
 
 def schema(given: Given) -> None:

@@ -57,7 +57,6 @@ class EventLines:
         self._updates = 0
         self._left = 0
         self._seconds: float | None = None  # smoothed, per update
-        self._best = math.inf
         self._kept_bases = 0  # told of so far
 
     def of(self, event: Event) -> list[str]:
@@ -163,14 +162,12 @@ class EventLines:
         return [f"{line}: each time a matrix kept its old subspace"]
 
     def _evaluated(self, event: Evaluated) -> str:
-        best = event.eval_loss < self._best
-        self._best = min(self._best, event.eval_loss)
         published = event.published_loss
         told = "" if published is None else f", as published {perplexity(published):.5g}"
         return (
             f"{event.update + 1:>8} {event.eval_loss:>8.4f} {perplexity(event.eval_loss):>9.5g}"
             f" validation{told}, {format_count(event.eval_tokens)} tokens,"
-            f" {format_seconds(event.seconds)}" + (", best so far" if best else "")
+            f" {format_seconds(event.seconds)}" + (", best so far" if event.best else "")
         )
 
 

@@ -71,7 +71,7 @@ SETTINGS = (
     Setting("--micro-batch", "N", "sequences per forward pass", MEMORY),
     Setting("--method", "NAME", "see `lowmem methods`", OPTIMIZER),
     Setting("--rank", "N|0.25", "of the subspace: a number, or a fraction of a side", OPTIMIZER),
-    Setting("--lr", "RATE", "peak learning rate; else the method's", OPTIMIZER),
+    Setting("--lr", "RATE", "peak learning rate, or step-law; else the method's", OPTIMIZER),
     Setting("--weight-decay", "RATE", "decoupled, per unit of lr (default 0)", OPTIMIZER),
     Setting("--scale", "X", "of a projected step", OPTIMIZER),
     Setting("--gap", "N", "updates between two choices of the subspace", OPTIMIZER),

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Auto, Config, ModelConfig, WeightFormat, settled
+from lowmem.config.step_law import STEP_LAW, rate_by_law
 from lowmem.errors import ConfigError
 from lowmem.units import format_count, parse_batch
 
@@ -41,6 +42,17 @@ def settle(config: Config, *, cuda: bool) -> tuple[Config, list[str]]:
     updates: int | Auto = "auto"  # hours: by the planner, which knows how fast the card is
     if config.train.hours is None:
         updates = _updates(config, model, rows * seq_len, device, notes)
+    optimizer = config.optimizer
+    if optimizer.lr == STEP_LAW:
+        if updates == "auto":
+            raise ConfigError(
+                f'optimizer.lr = "{STEP_LAW}" with train.hours',
+                "the law needs the number of tokens, which --hours leaves to the speed of the card",
+                "--tokens or --updates instead of --hours, or --lr RATE",
+            )
+        rate, note = rate_by_law(config, model, rows, seq_len, updates)
+        optimizer = optimizer.model_copy(update={"lr": rate})
+        notes.append(note)
     changes: dict[str, Any] = {
         "train": {
             "device": device,
@@ -54,7 +66,7 @@ def settle(config: Config, *, cuda: bool) -> tuple[Config, list[str]]:
     sections = {
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
     }
-    filled = config.model_copy(update={"model": spec, **sections})
+    filled = config.model_copy(update={"model": spec, "optimizer": optimizer, **sections})
     return (filled if updates == "auto" else with_updates(filled, updates)), notes
 
 

@@ -22,6 +22,7 @@ from lowmem.config.recompute import checked
 from lowmem.units import parse_batch, parse_bytes, parse_count
 
 Auto = Literal["auto"]
+StepLaw = Literal["step-law"]
 StateFormat = Literal["fp32", "bf16", "8bit"]
 WeightFormat = Literal["fp32", "bf16", "int8"]
 Ends = Literal["exact", "int8"]
@@ -72,11 +73,11 @@ CALM = 32
 T = TypeVar("T")
 
 
-def settled(value: T | Auto) -> T:
-    """`value`, which must no longer be "auto": by now defaults and planner have filled it."""
-    if isinstance(value, str) and value == "auto":
-        raise ValueError("a setting is still 'auto' after planning")
-    return value  # "auto" has just been excluded
+def settled(value: T | Auto | StepLaw) -> T:
+    """`value`, which must no longer be a word for a choice: defaults and planner have filled it."""
+    if isinstance(value, str) and (value == "auto" or value == "step-law"):
+        raise ValueError(f"a setting is still {value!r} after planning")
+    return value  # the words have just been excluded
 
 
 class Section(BaseModel):
@@ -202,7 +203,10 @@ class OptimizerConfig(Section):
     """The method and its settings; keys that are not listed here are the method's own arguments."""
 
     method: str = Field(default="auto", description="a name of `lowmem methods`")
-    lr: NonNegativeFloat | Auto = Field(default="auto", description="peak learning rate")
+    lr: NonNegativeFloat | Auto | StepLaw = Field(
+        default="auto",
+        description="peak learning rate; auto is the method's sheet, step-law arXiv:2503.04715",
+    )
     weight_decay: NonNegativeFloat | Auto = Field(
         default="auto", description="decoupled, per unit of lr; auto is the method's sheet, or none"
     )

@@ -8,7 +8,8 @@ N + 1, so that their perplexity is too low: by 2 % for the 180 batches of 60M an
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ from lowmem.config.schema import EvaluateConfig, Protocol
 from lowmem.data.batches import validation_batches
 from lowmem.data.documents import evaluation_steps
 from lowmem.data.shards import Corpus, TokenStream
-from lowmem.errors import CheckpointError, ConfigError, DataError, HardwareError
+from lowmem.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HardwareError,
+    OutOfMemoryError,
+)
 from lowmem.model.huggingface import dtype_of, load_folder
 from lowmem.model.llama import Llama
 from lowmem.phases import phase
@@ -215,6 +222,7 @@ def evaluate_folder(
     of a configuration that says nothing).
 
     seq_len: that of its training when None. HardwareError: a device that is not there.
+    OutOfMemoryError: not even one sequence fits.
     """
     folder = model_folder(path)
     config = _json_of(folder / "config.json")
@@ -225,7 +233,8 @@ def evaluate_folder(
         raise HardwareError("--device cuda: there is no CUDA device", "", "--device cpu")
     if device == "cpu" and dtype == torch.float16:
         dtype = torch.float32
-    model = load_folder(folder, dtype, device)
+    with _told_out_of_memory(path):
+        model = load_folder(folder, dtype, device)
     longest = model.config.max_position_embeddings
     length = corpus.row_tokens or seq_len or trained_length(folder, longest)
     if length > longest:
@@ -237,7 +246,23 @@ def evaluate_folder(
     protocol: Protocol = "lowmem" if corpus.row_tokens is None else "galore"
     stream = validation_of(corpus)
     batches = batches or EvaluateConfig()
-    return evaluate_as(protocol, model, stream, batches, seq_len=length, tokens=tokens)
+    with _told_out_of_memory(path):
+        return evaluate_as(protocol, model, stream, batches, seq_len=length, tokens=tokens)
+
+
+@contextmanager
+def _told_out_of_memory(path: Path) -> Iterator[None]:
+    """Turn the device's out-of-memory error into ours; one sequence at a time has been tried."""
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError as error:
+        reason = str(without_frames(error)).partition("\n")[0]
+    raise OutOfMemoryError(
+        f"the device ran out of memory in the evaluation of {path}",
+        reason,
+        "end what else uses the card, or take another: --device cpu",
+    )
 
 
 def trained_length(folder: Path, longest: int) -> int:

@@ -58,7 +58,7 @@ class Evaluated:
     """Validation after `update` (0-based). eval_loss: mean per target token, nats.
 
     published_loss: what the papers' protocol makes of the same losses, which is too low; None:
-    another protocol.
+    another protocol. best: the lowest loss of the run so far, before a resume included.
     """
 
     update: int
@@ -66,6 +66,7 @@ class Evaluated:
     eval_tokens: int
     seconds: float
     published_loss: float | None = None
+    best: bool = False
 
 
 @dataclass(frozen=True)

@@ -237,8 +237,9 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
                     report(figures)
             if evaluating:
                 evaluated = _evaluated(update, ladder, task.validation, config)
-                report(evaluated)
-                if best is None or evaluated.eval_loss < best["loss"]:
+                is_best = best is None or evaluated.eval_loss < best["loss"]
+                report(replace(evaluated, best=is_best))
+                if is_best:
                     best = {"update": at.update, "loss": evaluated.eval_loss}
                     saving = saving or config.checkpoint.keep_best
             _wait_while_paused(run, stop, report)

@@ -74,6 +74,17 @@ def test_check_knows_methods_and_their_arguments(
     assert complaint in capsys.readouterr().err
 
 
+def test_check_tells_all_that_is_unknown_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text('model = "llama-61m"\ngpu = "rtx9999"\n[optimizer]\nmethod = "galor"\n')
+    assert run(["config", "check", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "3 settings are wrong" in told
+    assert all(word in told for word in ("llama-61m", "rtx9999", "galor"))
+
+
 def test_the_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)

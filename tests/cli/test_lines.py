@@ -84,8 +84,8 @@ def test_what_remains_is_the_updates_left_times_their_duration() -> None:
 
 def test_a_new_best_evaluation_is_marked() -> None:
     lines = lines_at(Clock())
-    marked = ["best" in lines.of(Evaluated(0, loss, 10, 1.0))[0] for loss in (3.0, 2.0, 2.5)]
-    assert marked == [True, True, False]
+    for best in (True, False):
+        assert ("best so far" in lines.of(Evaluated(0, 2.0, 10, 1.0, best=best))[0]) is best
 
 
 def test_the_measured_peak_stands_beside_the_planned() -> None:

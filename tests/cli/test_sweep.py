@@ -17,6 +17,7 @@ from lowmem.cli import sweep as module
 from lowmem.cli.main import run
 from lowmem.config.defaults import settle
 from lowmem.config.load import load
+from lowmem.config.schema import settled
 from lowmem.train.events import Evaluated, Finished
 from lowmem.train.run import EVENTS, METRICS, Run
 from tests.analysis.conftest import append, trained
@@ -69,7 +70,7 @@ def started(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             log.write_text("error: text.txt does not exist (exit 4)\n  fix: none\n")
             return 4
         config = load({}, [Path(arguments[-1])], {}).config
-        lr = 0.01 if config.optimizer.lr == "auto" else config.optimizer.lr
+        lr = 0.01 if config.optimizer.lr == "auto" else settled(config.optimizer.lr)
         optimizer = config.optimizer.model_copy(update={"lr": lr})
         config = config.model_copy(update={"optimizer": optimizer})
         made = Run.create(settle(config, cuda=False)[0], None)

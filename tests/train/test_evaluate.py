@@ -9,6 +9,8 @@ import torch
 
 from lowmem.config.schema import Config
 from lowmem.data.shards import Corpus
+from lowmem.errors import OutOfMemoryError
+from lowmem.model.llama import Llama
 from lowmem.train import evaluate as subject
 from lowmem.train.checkpoint import export
 from lowmem.train.evaluate import evaluate, evaluate_folder, perplexity, validation_of
@@ -64,6 +66,28 @@ def test_a_run_and_its_export_evaluate_alike(
     assert found[0].tokens == validation_of(tiny_corpus).tokens - 1
     short = evaluate_folder(out, tiny_corpus, tokens=2000, seq_len=32, device="cpu")
     assert short.loss == pytest.approx(finished.eval_loss, abs=1e-6)  # other rows per pass
+
+
+def test_no_memory_for_one_sequence_is_an_error_of_its_own(
+    tiny_config: MakeConfig,
+    tiny_corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run.create(settings(tiny_config()), None)
+    train(run, tiny_corpus, lambda event: None)
+    tried: list[int] = []
+
+    def refuse(model: Llama, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        tried.append(len(inputs))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(Llama, "loss_sum", refuse)
+    with pytest.raises(OutOfMemoryError, match="in the evaluation of") as caught:
+        evaluate_folder(run.folder, tiny_corpus, tokens=2000, seq_len=None, device="cpu")
+    assert tried[-1] == 1 < tried[0]
+    assert caught.value.why == "CUDA out of memory. Tried to allocate 2 GiB"
+    assert caught.value.exit_code == 7
 
 
 def test_transformers_loads_the_export_with_equal_logits(

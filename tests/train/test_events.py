@@ -58,6 +58,7 @@ RECORDS: list[tuple[Event, dict[str, Any]]] = [
             "eval_tokens": 2000,
             "seconds": 0.5,
             "published_loss": 4.4,
+            "best": False,
         },
     ),
     (

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ def test_both_perplexities_of_an_evaluation(
 ) -> None:
     """Published: the sum of batch means / (number of batches + 1); the true one is by token."""
     stream = validation_of(documents)
+    assert (np.diff(stream.starts) == LENGTH).sum() > 20  # documents that were cut
     pad = int((stream.counts == 0).nonzero()[0][0])  # T5's 0 is no token of a text; here 0 is one
     model, rows, batch, limit = tiny(papers()), padded(stream, pad), 24, 4000
     seen, steps, sums, total, count = 0, 1, 0.0, 0.0, 0  # `total_batches = 1`
@@ -236,6 +238,21 @@ def test_a_run_goes_on_bit_for_bit(papers: MakeConfig, documents: Corpus) -> Non
     train(replace(run, start=run.checkpoints / "step-000003"), documents, seen.append)
     assert losses() == whole
     assert sum(isinstance(event, Trained) for event in seen) == 3
+
+
+def test_a_resumed_run_knows_its_best_evaluation(papers: MakeConfig, documents: Corpus) -> None:
+    """At rate 0 all evaluations are equal, so that the first is the best one."""
+    config = papers(
+        optimizer={"lr": 0.0},
+        train={"updates": 4, "batch": "8seq"},
+        evaluate={"every": 1, "tokens": 500, "batch": 16},
+        checkpoint={"every": 2, "keep": 9},
+    )
+    run = Run.create(config, None)
+    train(run, documents, lambda event: None)
+    train(replace(run, start=run.checkpoints / "step-000002"), documents, lambda event: None)
+    marks = [line["best"] for line in run.metrics() if "eval_loss" in line]
+    assert marks == [True, False, False, False]
 
 
 def test_packed_text_has_no_published_figure(ready_config: MakeConfig, tiny_corpus: Corpus) -> None:
