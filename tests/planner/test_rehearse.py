@@ -145,8 +145,9 @@ def test_sums_of_other_formats_are_rehearsed_to_the_byte(
     shape = MODEL.model_copy(update={"num_hidden_layers": 1, "tie_word_embeddings": tied})
     how = replace(choice(mode, "full", weights, 3), sums=sums)
     rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
-    assert rehearsed.tensors == real_peak(optimizer, how, 32, shape)
-    assert rehearsed.host == 0  # which is the device here
+    real = real_update(optimizer, how, 32, shape)
+    assert (rehearsed.tensors, rehearsed.host) == (real.peak, real.host_peak)
+    assert bool(rehearsed.host) == (sums == "host")
 
 
 @pytest.mark.parametrize("weights", ["bf16", SLOW_INT8])

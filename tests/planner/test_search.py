@@ -236,13 +236,14 @@ def test_sums_are_no_coarser_than_it_takes_to_fit(summing: Job) -> None:
 
 
 def test_sums_in_host_memory_are_counted_there(summing: Job) -> None:
-    """4 bytes of every weight with 4096 elements or more, in units of 512."""
+    """4 bytes of every weight with 4096 elements or more, and a page of each to align it."""
     choice = summed(summing, "host")
     model = read_preset("llama-9m")
-    large = sum(m * n * count for m, n, count in matrices(model))
-    large += 2 * model.vocab_size * model.hidden_size
-    assert summing.host(choice) == 4 * large
-    assert summing.memory(choice).host == 4 * large
+    sizes = [(m * n, count) for m, n, count in matrices(model)]
+    sizes.append((model.vocab_size * model.hidden_size, 2))
+    large = sum((-(-4 * size // 4096) + 1) * 4096 * count for size, count in sizes)
+    assert summing.host(choice) == large
+    assert summing.memory(choice).host == large
     assert summing.memory(choice).tensors == summing.tensors(choice)
     assert summing.host(summed(summing, "int8")) == 0
 
