@@ -94,6 +94,26 @@ class Boundaries:
         if self.where == "keep":
             del self._layers[layer]
 
+    @property
+    def layer_bytes(self) -> int:
+        """Of a layer that waits on the device; 0: none does."""
+        if self.where == "host":
+            return 0
+        return max((layer.nbytes for layer in self._layers.values()), default=0)
+
+    def lend(self) -> None:
+        """Move to host memory what waits, in the middle of an update, and all that comes after.
+
+        Rows that are being worked on stay on the device until their block is through.
+        """
+        self.where = "host"
+        for index in self._layers:
+            home = self._new_layer()
+            self._transfers.store(self._layers[index], home)
+            self._layers[index] = home
+        if self._layers:
+            self._transfers.settle()
+
     def _coming(self, layers: Sequence[int], place: Place) -> list[Coming]:
         rows = [self._layers[layer][place.rows] for layer in layers]
         if self.where == "keep":
