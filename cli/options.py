@@ -58,7 +58,7 @@ SETTINGS = (
     Setting("--device", "auto|cpu|cuda", "where to compute", MODEL),
     Setting("--seed", "N", "of weights, data order and rounding (default 0)", MODEL),
     Setting("--update", "MODE", "unfused, fused+subspace, fused or layer-major", MEMORY),
-    Setting("--boundaries", "keep|host", "layer-major: where inputs of blocks wait", MEMORY),
+    Setting("--boundaries", "keep|host", "where inputs of blocks wait for backward", MEMORY),
     Setting("--place", "device|host", "where states live between updates", MEMORY),
     Setting("--blocks", "device|host", "layer-major: where weights of blocks live", MEMORY),
     Setting("--states", "FORMAT", "moments as fp32, bf16 or 8bit", MEMORY),

@@ -6,9 +6,15 @@
     coming = transfers.fetch(kept)          # to the device, while something else is computed
     tensor = coming.arrived()               # from here on kernels may read it
 
+    with transfers.beside() as mark:        # other work on what is in memory of the host
+        ...
+        done = mark()
+    transfers.compute_waits(done)           # before the device's memory is used again
+
 Copies in both directions run on one CUDA stream of their own, in the order of the calls: a fetch
 sees what was stored before it. No call waits on the host but `wait`. Elsewhere than on CUDA the
 same buffers are made and the copies are done at once, so bytes and traffic are counted anywhere.
+Host memory appears in the phase HOST, and a rehearsal counts it apart from the device's.
 """
 
 import mmap
@@ -21,11 +27,29 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import HardwareError
-from lowmem.host_memory import HOST
 from lowmem.phases import phase
 from lowmem.units import format_bytes
 
+HOST = "host"
+Mark = torch.cuda.Event | None  # where there is but one queue there is nothing to mark
 _PAGE = mmap.PAGESIZE
+
+
+def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised host memory, pinned if the device is a card; on meta without memory.
+
+    Whole pages, so that exactly these are pinned: PyTorch's own pinned memory is rounded up to a
+    power of two. To pin takes time, and to let go waits for the device: keep it for the run.
+    """
+    count = torch.Size(shape).numel() * dtype.itemsize
+    pages = max(1, -(-count // _PAGE)) * _PAGE
+    where = "meta" if device.type == "meta" else "cpu"
+    with phase(HOST):
+        memory = torch.empty(pages + _PAGE, dtype=torch.uint8, device=where)
+    start = -memory.data_ptr() % _PAGE
+    if device.type == "cuda":
+        _pin(memory, start, pages)
+    return memory[start : start + count].view(dtype).view(shape)
 
 
 @dataclass
@@ -33,12 +57,12 @@ class Coming:
     """A tensor on its way to the device."""
 
     _tensor: Tensor
-    _event: torch.cuda.Event | None = None
+    _mark: Mark = None
 
     def arrived(self) -> Tensor:
         """The tensor, for kernels that are launched from here on."""
-        if self._event is not None:
-            torch.cuda.current_stream(self._tensor.device).wait_event(self._event)
+        if self._mark is not None:
+            torch.cuda.current_stream(self._tensor.device).wait_event(self._mark)
         return self._tensor
 
 
@@ -56,27 +80,18 @@ class Transfers:
     _stream: torch.cuda.Stream | None = None
 
     def host_like(self, tensor: Tensor) -> Tensor:
-        """Uninitialised host memory of that shape and dtype; pinned where the device is a card."""
+        """`host_memory` of that shape and dtype."""
         return self.host(tuple(tensor.shape), tensor.dtype)
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Whole pages, so that exactly these are pinned: PyTorch's own pinned memory is rounded
-        up to a power of two."""
-        count = torch.Size(shape).numel() * dtype.itemsize
-        pages = max(1, -(-count // _PAGE)) * _PAGE
-        where = "meta" if self.device.type == "meta" else "cpu"
-        with phase(HOST):
-            memory = torch.empty(pages + _PAGE, dtype=torch.uint8, device=where)
-        start = -memory.data_ptr() % _PAGE
-        if self.device.type == "cuda":
-            _pin(memory, start, pages)
-        return memory[start : start + count].view(dtype).view(shape)
+        """`host_memory` for this device."""
+        return host_memory(shape, dtype, self.device)
 
     def fetch(self, host: Tensor) -> Coming:
         """Begin to copy it to the device."""
         here = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         self.fetched += host.nbytes
-        with self._beside() as mark:
+        with self.beside() as mark:
             here.copy_(host, non_blocking=True)
             return Coming(here, mark())
 
@@ -88,7 +103,7 @@ class Transfers:
         """
         self.settle()
         self.stored += host.nbytes
-        with self._beside() as mark:
+        with self.beside() as mark:
             host.copy_(tensor, non_blocking=True)
             self._leaving.append(Coming(tensor, mark()))
 
@@ -104,9 +119,9 @@ class Transfers:
             self._stream.synchronize()
 
     @contextmanager
-    def _beside(self) -> Iterator[Callable[[], torch.cuda.Event | None]]:
+    def beside(self) -> Iterator[Callable[[], Mark]]:
         """On CUDA, inside is the stream of copies, after all kernels so far: they may still use
-        the memory that the copy writes. Yields what marks the end of a copy."""
+        the memory that is written. Yields what marks the end of the work so far."""
         if self.device.type != "cuda":
             yield lambda: None
             return
@@ -115,6 +130,11 @@ class Transfers:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             yield self._stream.record_event
+
+    def compute_waits(self, mark: Mark) -> None:
+        """What is computed from now on begins only when that point has been reached."""
+        if mark is not None:
+            torch.cuda.current_stream(self.device).wait_event(mark)
 
 
 def _pin(memory: Tensor, start: int, size: int) -> None:
@@ -127,4 +147,9 @@ def _pin(memory: Tensor, start: int, size: int) -> None:
             "the system has too little memory, or limits what a program may lock",
             "a smaller --batch, or a machine with more memory; `ulimit -l` shows the limit",
         )
-    weakref.finalize(memory.untyped_storage(), cudart.cudaHostUnregister, address)
+
+    def unpin() -> None:
+        torch.cuda.synchronize()  # a copy may still be on its way
+        cudart.cudaHostUnregister(address)
+
+    weakref.finalize(memory.untyped_storage(), unpin).atexit = False  # then the system does it

@@ -1,5 +1,6 @@
 """Tensors that live in host memory, counted anywhere."""
 
+import pytest
 import torch
 
 from lowmem.planner.rehearse import LiveBytes
@@ -54,3 +55,34 @@ def test_the_tracker_counts_host_memory_apart() -> None:
             del kept, here
         assert (tracker.live, tracker.host) == (0, 0)
         assert (tracker.peak, tracker.host_peak) == (5120, 3 * PAGE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_copy_sees_what_was_computed_before_and_is_done_where_compute_waits() -> None:
+    device = torch.device("cuda")
+    transfers, tensor = Transfers(device), torch.zeros(2**24, device=device)
+    kept = transfers.host_like(tensor)
+    assert kept.is_pinned()
+    for value in range(20):
+        tensor.fill_(value)
+        with transfers.beside() as mark:
+            kept.copy_(tensor, non_blocking=True)
+            done = mark()
+        transfers.compute_waits(done)
+        tensor.fill_(-1)  # the copy is not to see this
+        assert transfers.fetch(kept).arrived().eq(value).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_leaves_may_be_forgotten_at_once() -> None:
+    """Its memory is used for the next while the copy still waits."""
+    device = torch.device("cuda")
+    transfers = Transfers(device)
+    kept = [transfers.host((2**24,), torch.float32) for _ in range(8)]
+    for value, each in enumerate(kept):
+        transfers.store(torch.full((2**24,), float(value), device=device), each)
+    transfers.settle()
+    transfers.wait()
+    assert [each[::4096].unique().tolist() for each in kept] == [[float(v)] for v in range(8)]

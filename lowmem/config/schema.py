@@ -284,8 +284,8 @@ class TrainConfig(Section):
     )
     boundaries: BoundaryPlace | Auto = Field(
         default="auto",
-        description="layer-major: where the inputs of blocks wait, kept on the device or in "
-        "host memory",
+        description="where the inputs of blocks wait for backward, kept on the device or in host "
+        "memory",
     )
     blocks: StatePlace | Auto = Field(
         default="auto",

@@ -24,12 +24,12 @@ from lowmem.kernels.attention import Backend, Statistics, attention, attention_b
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
 from lowmem.kernels.rope import rotate_
 from lowmem.kernels.swiglu import swiglu, swiglu_backward
+from lowmem.model.boundaries import HostInputs, Kept
 from lowmem.model.int8 import Int8Linear
 from lowmem.phases import phase
 
 GradientSink = Callable[[str, Tensor], None]
 Rotation = tuple[Tensor, Tensor]  # cos, sin: float32 (T, D/2)
-Kept = dict[str, Tensor]
 
 
 class Linear(nn.Module):
@@ -254,14 +254,26 @@ def _weight_gradients(grad: Tensor, x: Tensor, layer: AnyLinear) -> dict[str, Te
 
 
 class BlockStep(torch.autograd.Function):
-    """A block as autograd sees it: one input, one output, and no weights."""
+    """A block as autograd sees it: one input, one output, and no weights.
+
+    inputs: where the block's input waits for backward, and its turn; None: with what else is kept.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, block: Block, rotation: Rotation, level: Level, hand: GradientSink
+        ctx: Any,
+        x: Tensor,
+        block: Block,
+        rotation: Rotation,
+        level: Level,
+        hand: GradientSink,
+        inputs: tuple[HostInputs, int] | None,
     ) -> Tensor:
+        leaves = inputs is not None and inputs[0].leave(block.index, x)
         out, ctx.kept = block(x, rotation, level)
-        ctx.block, ctx.rotation, ctx.hand = block, rotation, hand
+        if leaves:
+            del ctx.kept["x"]
+        ctx.block, ctx.rotation, ctx.hand, ctx.inputs = block, rotation, hand, inputs
         return out
 
     @staticmethod
@@ -270,5 +282,8 @@ class BlockStep(torch.autograd.Function):
         kept = ctx.kept
         del ctx.kept  # a second backward has nothing to work with, and must fail
         with phase(f"backward of block {ctx.block.index + 1}"):
+            if ctx.inputs is not None:
+                inputs, turn = ctx.inputs
+                inputs.bring(ctx.block.index, kept, turn)
             ctx.block.backward(grad, kept, ctx.rotation, ctx.hand)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None

@@ -1,13 +1,23 @@
-"""What stands between the blocks in layer-major order: their inputs, for all micro-batches.
+"""What stands between the blocks: their inputs, which wait for backward on the device or the host.
+
+In layer-major order those of all micro-batches:
 
     boundaries = Boundaries("host")
-    boundaries.begin(layers=33, tokens=131072, like=x)
+    boundaries.begin(tokens=131072, like=x)
     boundaries.put(0, place, x)                          # x: (n, h), the rows of one micro-batch
     for place, (x, grad) in boundaries.read([0, 1], places): ...
 
 A layer is one (tokens, h) tensor: on the device, from its first use until it is closed, or in host
 memory, from which the rows of the next micro-batch come while those of the present are worked on.
 Backward puts the gradient of a block's input where the input was.
+
+Elsewhere those of one micro-batch, on the device with what else a block keeps, or on the host:
+
+    inputs = HostInputs(last=31, transfers=transfers)
+    turn = inputs.begin()
+    inputs.leave(0, x)                                   # while block 0 is computed, and so on
+    inputs.bring(31, kept, turn)                         # sends for that of block 30
+    inputs.bring(30, kept, turn)                         # kept["x"], and sends for that of block 29
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +28,8 @@ from torch import Tensor
 
 from lowmem.config.schema import BoundaryPlace
 from lowmem.transfers import Coming, Transfers
+
+Kept = dict[str, Tensor]  # by a block, between its forward and its backward
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,26 @@ class Boundaries:
         if self.where == "keep":
             del self._layers[layer]
 
+    @property
+    def layer_bytes(self) -> int:
+        """Of a layer that waits on the device; 0: none does."""
+        if self.where == "host":
+            return 0
+        return max((layer.nbytes for layer in self._layers.values()), default=0)
+
+    def lend(self) -> None:
+        """Move to host memory what waits, in the middle of an update, and all that comes after.
+
+        Rows that are being worked on stay on the device until their block is through.
+        """
+        self.where = "host"
+        for index in self._layers:
+            home = self._new_layer()
+            self._transfers.store(self._layers[index], home)
+            self._layers[index] = home
+        if self._layers:
+            self._transfers.settle()
+
     def _coming(self, layers: Sequence[int], place: Place) -> list[Coming]:
         rows = [self._layers[layer][place.rows] for layer in layers]
         if self.where == "keep":
@@ -98,3 +130,57 @@ class Boundaries:
     def _transfers(self) -> Transfers:
         assert self.transfers is not None, "no update has begun"
         return self.transfers
+
+
+@dataclass
+class HostInputs:
+    """The inputs of all blocks but the last, whose backward follows at once, for a micro-batch.
+
+    last: the index of that block. They leave while their block is computed, and come back while
+    the block above goes backward. The host memory is kept for the next micro-batches.
+    """
+
+    last: int
+    transfers: Transfers
+    _turn: int = 0
+    _homes: dict[int, Tensor] = field(default_factory=dict)
+    _away: dict[int, Tensor] = field(default_factory=dict)  # rows of `_homes`
+    _coming: dict[int, Coming] = field(default_factory=dict)
+
+    def begin(self) -> int:
+        """Start a forward; a number to show in its backward."""
+        self._away.clear()
+        self._coming.clear()
+        self._turn += 1
+        return self._turn
+
+    def leave(self, index: int, x: Tensor) -> bool:
+        """Begin to copy a block's input (n, h) to the host; whether it goes.
+
+        It stays in memory until the next block begins; nobody may change it any more.
+        """
+        self.transfers.settle()
+        if index == self.last:
+            return False
+        home = self._homes.get(index)
+        if home is None or len(home) < len(x):
+            self._homes.pop(index, None)  # before the larger one is made
+            self._homes[index] = home = self.transfers.host_like(x)
+        self._away[index] = home[: len(x)]
+        self.transfers.store(x, self._away[index])
+        return True
+
+    def bring(self, index: int, kept: Kept, turn: int) -> None:
+        """Give a block its input back, and send for that of the block below.
+
+        RuntimeError: another forward has taken the place of the one that this backward belongs to.
+        """
+        if turn != self._turn:
+            raise RuntimeError(
+                "block inputs in host memory are those of the last forward: call backward before "
+                "the next forward"
+            )
+        if index != self.last:
+            kept["x"] = self._coming.pop(index).arrived()
+        if index > 0:
+            self._coming[index - 1] = self.transfers.fetch(self._away.pop(index - 1))

@@ -25,7 +25,7 @@ from lowmem.kernels.rms_norm import rms_norm
 from lowmem.kernels.slices import row_slices
 from lowmem.kernels.vector_math import settle_vector_math
 from lowmem.model.block import Block, BlockStep, Linear, Norm, Rotation
-from lowmem.model.boundaries import Boundaries
+from lowmem.model.boundaries import Boundaries, HostInputs
 from lowmem.model.ends import EmbeddingStep, LossStep, embedded
 from lowmem.model.int8 import GROUP, Int8Linear
 from lowmem.model.layer_major import MicroBatches, layer_major_loss
@@ -86,7 +86,7 @@ class Llama(nn.Module):
     blocks are 8-bit codes, and dtype is that of the rest; int8_ends: so are embedding and head.
     recompute: what blocks keep for backward. keep_logits: keep them, too, instead of making them
     twice. attention: "auto" takes the device's own; on meta it names the rehearsed one. boundaries:
-    where the inputs of blocks wait in layer-major order. blocks: where their weights live; from the
+    where the inputs of blocks wait for their backward. blocks: where their weights live; from the
     host they come for their use, in layer-major order and evaluation.
     """
 
@@ -122,6 +122,7 @@ class Llama(nn.Module):
             self.lm_head = end(h, vocabulary, bias=False, dtype=dtype, device=device)
         self.sink: GradientSink = ParameterGrads(self)
         self.boundaries = Boundaries(boundaries)
+        self.inputs = HostInputs(config.num_hidden_layers - 1, Transfers(device))
         self._longest_rotation: Rotation | None = None
 
     @property
@@ -173,9 +174,10 @@ class Llama(nn.Module):
         with phase("embedding"):
             x = EmbeddingStep.apply(self._anchor(), inputs, self, tied)
         levels = levels_of(self.recompute, len(self.model.layers))
+        away = (self.inputs, self.inputs.begin()) if self.boundaries.where == "host" else None
         for index, (block, level) in enumerate(zip(self.model.layers, levels, strict=True)):
             with phase(f"forward of block {index + 1}"):
-                x = BlockStep.apply(x, block, rotation, level, self.hand)
+                x = BlockStep.apply(x, block, rotation, level, self.hand, away)
         with phase("loss"):
             return LossStep.apply(x, targets.reshape(-1), 1 / total_tokens, self, tied, seed)
 

@@ -46,12 +46,17 @@ class Residence:
         for (tensor, _), each in zip(self._homes[index], coming, strict=True):
             tensor.data = each.arrived()
         del coming, each
-        yield
-        if changes:
-            for tensor, home in self._homes[index]:
-                self.transfers.store(tensor.data, home)
-            self.transfers.settle()
-        self._leave(index)
+        try:
+            yield
+            if changes:
+                for tensor, home in self._homes[index]:
+                    self.transfers.store(tensor.data, home)
+                self.transfers.settle()
+        except BaseException:
+            self._coming.clear()  # memory for what is tried next
+            raise
+        finally:
+            self._leave(index)
 
     def _call(self, index: int) -> None:
         """Begin to fetch a block, unless that has begun."""

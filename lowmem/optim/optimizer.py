@@ -300,7 +300,7 @@ class Optimizer:
         """Add rows start, start + 1, ... of a micro-batch to a sum of that shape."""
         slot = self.slots[name]
         if slot.kept is None:
-            slot.kept, slot.summed = self._zeros(shape, rows), 0
+            slot.kept, slot.summed = self._zeros(name, shape, rows), 0
         if isinstance(slot.kept, Tensor):
             slot.kept[start : start + len(rows)].add_(rows)
             return
@@ -308,10 +308,10 @@ class Optimizer:
         slot.kept.add(rows, start * (shape.numel() // shape[0]), seed)
         slot.summed += start + len(rows) == shape[0]
 
-    def _zeros(self, shape: torch.Size, like: Tensor) -> Held:
+    def _zeros(self, name: str, shape: torch.Size, like: Tensor) -> Held:
         if self._is_tensor(shape):
             return like.new_zeros(shape, dtype=self._dtype(like))
-        return empty_sum(self.sums, shape, like.device, self.staging)
+        return empty_sum(self.sums, shape, like.device, self.staging, name)
 
     def _is_tensor(self, shape: torch.Size) -> bool:
         """Is what is kept a tensor? Estimates of the curvature and single gradients always are."""

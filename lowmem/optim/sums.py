@@ -13,21 +13,19 @@ Rounding is right on average and its noise a function of (seed, element), so a r
 the same bits. Arithmetic is float32 in all of them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowmem.config.schema import SumFormat
-from lowmem.host_memory import Mark, SideStream, pinned_like
 from lowmem.kernels.blockwise import block_count
-from lowmem.kernels.dispatch import device_type
 from lowmem.kernels.groupwise import uniform
 from lowmem.kernels.rounding import stochastic_round
 from lowmem.kernels.signed_codes import dequantize, quantize
 from lowmem.kernels.slices import flat_slices, slice_elements
+from lowmem.transfers import Mark, Transfers
 
 LEAST_ELEMENTS = 4096  # smaller tensors (norms, biases) are summed in float32 whatever the format
 _PLACES = 4  # slices of host sums that may be on their way at once
@@ -130,87 +128,77 @@ def _blocks(start: int, stop: int) -> slice:
 
 
 class Staging:
-    """Where slices of host sums visit a device, and the queue in which they come and go.
+    """Where slices of host sums visit a device, and where in host memory the sums are.
 
     Every place holds a slice of a gradient and of its sum, in float32. A gradient is copied to the
     places and may then be forgotten; computing goes on while its slices are added up, and waits
-    where all places are taken. bytes_moved: over the bus, both ways.
+    where all places are taken. The host memory of a weight's sum stays its own in all updates.
     """
 
     def __init__(self, like: Tensor) -> None:
         self.elements = slice_elements(like)
-        self.device, self.device_type = like.device, device_type(like)
+        self.transfers = Transfers(like.device)
         self.places = [
             torch.empty((2, self.elements), dtype=torch.float32, device=like.device)
             for _ in range(_PLACES)
         ]
-        self.bytes_moved = 0
-        self._stream = SideStream(like.device)
+        self._homes: dict[str, Tensor] = {}
         self._free: list[Mark] = [None] * _PLACES  # from when on
         self._turn = 0
 
-    def add(self, room: Tensor, piece: Tensor, fresh: bool) -> None:
-        """room (host memory) <- room + piece; fresh: nothing is in the room yet."""
+    def home(self, name: str, elements: int) -> Tensor:
+        """Host memory for the sum of that weight: (elements), float32."""
+        known = self._homes.get(name)
+        if known is None or len(known) != elements:
+            self._homes.pop(name, None)  # before the other is made
+            self._homes[name] = self.transfers.host((elements,), torch.float32)
+        return self._homes[name]
+
+    def add(self, home: Tensor, piece: Tensor, fresh: bool) -> None:
+        """home (host memory) <- home + piece, at most a slice; fresh: nothing is there yet."""
+        transfers = self.transfers
         turn = self._turn = (self._turn + 1) % _PLACES
-        self._stream.compute_waits(self._free[turn])
+        transfers.compute_waits(self._free[turn])
         added, before = self.places[turn][:, : piece.numel()]
         added.copy_(piece)
-        with self._stream.after_compute():
+        with transfers.beside() as mark:
             if not fresh:
-                before.copy_(room, non_blocking=True)
+                before.copy_(home, non_blocking=True)
+                transfers.fetched += home.nbytes
                 added.add_(before)
-            room.copy_(added, non_blocking=True)
-        self._free[turn] = self._stream.mark()
-
-    def take(self, room: Tensor, target: Tensor) -> None:
-        """target (on the device) <- room."""
-        self._stream.compute_waits(self._stream.mark())
-        target.copy_(room, non_blocking=True)
+            home.copy_(added, non_blocking=True)
+            transfers.stored += home.nbytes
+            self._free[turn] = mark()
 
 
 @dataclass
 class HostSum:
-    """rooms: float32 in host memory, a slice each. filled: elements that something was added to."""
+    """name: of the weight. filled: elements that something was added to."""
 
+    name: str
     shape: torch.Size
     staging: Staging
-    rooms: list[Tensor] = field(init=False)
     filled: int = 0
 
     def __post_init__(self) -> None:
-        unit, device = self.staging.places[0][0], self.staging.device_type
-        self.rooms = [
-            pinned_like(unit[: min(len(unit), self.shape.numel() - start)], device)
-            for start in range(0, self.shape.numel(), len(unit))
-        ]
+        self.home = self.staging.home(self.name, self.shape.numel())  # float32, in host memory
 
     def add(self, piece: Tensor, first: int, seed: int) -> None:
-        flat, fresh = piece.reshape(-1), first >= self.filled
-        for room, own, at in self._slices(first, flat.numel()):
-            self.staging.add(room[own], flat[at], fresh)
-        self.staging.bytes_moved += 4 * flat.numel() * (1 if fresh else 2)
-        self.filled = max(self.filled, first + flat.numel())
+        flat, fresh, unit = piece.reshape(-1), first >= self.filled, self.staging.elements
+        for start in range(0, len(flat), unit):
+            part = flat[start : start + unit]
+            at = first + start
+            self.staging.add(self.home[at : at + len(part)], part, fresh)
+        self.filled = max(self.filled, first + len(flat))
 
     def values(self, start: int, stop: int) -> Tensor:
-        found = torch.empty(stop - start, dtype=torch.float32, device=self.staging.device)
-        for room, own, at in self._slices(start, stop - start):
-            self.staging.take(room[own], found[at])
-        self.staging.bytes_moved += 4 * found.numel()
-        return found
+        return self.staging.transfers.fetch(self.home[start:stop]).arrived()
 
     def whole(self) -> Tensor:
         return self.values(0, self.shape.numel()).view(self.shape)
 
     def square(self) -> Tensor:
         return square(self.whole())  # whole: in slices its last bit would not be that of fp32
-
-    def _slices(self, first: int, count: int) -> Iterator[tuple[Tensor, slice, slice]]:
-        """(room, elements in it, the same counted from `first`)."""
-        unit = self.staging.elements
-        for index in range(first // unit, -(-(first + count) // unit)):
-            start, stop = max(first, index * unit), min(first + count, (index + 1) * unit)
-            own = slice(start - index * unit, stop - index * unit)
-            yield self.rooms[index], own, slice(start - first, stop - first)
 
 
 Held = Tensor | Sum
@@ -230,10 +218,13 @@ def is_tensor(format: SumFormat, shape: torch.Size) -> bool:
 
 
 def empty_sum(
-    format: SumFormat, shape: torch.Size, device: torch.device, staging: Staging | None
+    format: SumFormat, shape: torch.Size, device: torch.device, staging: Staging | None, name: str
 ) -> Sum:
-    """Zeros of a format and shape that are no tensor. staging: needed for host."""
+    """Zeros of a format and shape that are no tensor. staging: needed for host. name: the weight's.
+
+    In host memory a weight has one sum at a time.
+    """
     if format == "host":
         assert staging is not None
-        return HostSum(shape, staging)
+        return HostSum(name, shape, staging)
     return RoundedSum.zeros(shape, device) if format == "bf16" else CodedSum.zeros(shape, device)

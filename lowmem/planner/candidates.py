@@ -296,7 +296,8 @@ def ways(config: Config, kind: Kind, rows: int) -> list[Way]:
     """Update modes with every place that states and block inputs may have, best modes first.
 
     ConfigError for contradictions. Host memory is taken in layer-major order, where the user has
-    chosen that and left the place open, and where it was asked for.
+    chosen that and left the place open, and where it was asked for; `search.py` asks for it where
+    nothing else fits.
     """
     found: list[Way] = []
     for mode in modes(config, kind, rows):
@@ -309,7 +310,7 @@ def ways(config: Config, kind: Kind, rows: int) -> list[Way]:
                 if blocks == "device" or place == "host"
             ]
         else:
-            found.append(Way(mode, place=_settled_place(config)))
+            found.append(Way(mode, _settled_boundaries(config), _settled_place(config)))
     return found
 
 
@@ -318,6 +319,10 @@ def _open(config: Config, given: T | Auto, both: tuple[T, ...]) -> tuple[T, ...]
     if given != "auto":
         return (settled(given),)
     return both if config.train.device == "cuda" else both[:1]
+
+
+def _settled_boundaries(config: Config) -> BoundaryPlace:
+    return "keep" if config.train.boundaries == "auto" else settled(config.train.boundaries)
 
 
 def _settled_place(config: Config) -> StatePlace:
@@ -338,7 +343,7 @@ def modes(config: Config, kind: Kind, rows: int) -> list[UpdateMode]:
         check_layer_major(config)
     if wanted != "auto":
         return [settled(wanted)]
-    if config.train.boundaries != "auto" or config.train.blocks == "host":
+    if config.train.blocks == "host":
         check_layer_major(config)
         return ["layer-major"]
     found: list[UpdateMode] = ["unfused"]
@@ -355,12 +360,6 @@ def modes(config: Config, kind: Kind, rows: int) -> list[UpdateMode]:
 def check_places(config: Config) -> None:
     """ConfigError where something is to live in host memory that the update mode needs always."""
     update = config.train.update
-    if config.train.boundaries != "auto" and update not in ("auto", "layer-major"):
-        raise ConfigError(
-            f'train.boundaries = "{config.train.boundaries}" with train.update = "{update}"',
-            "only in layer-major order do the inputs of blocks wait for other micro-batches",
-            "--update layer-major, or no --boundaries",
-        )
     if config.train.blocks == "host" and update not in ("auto", "layer-major"):
         raise ConfigError(
             f'train.blocks = "host" with train.update = "{update}"',

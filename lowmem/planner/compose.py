@@ -42,7 +42,11 @@ from lowmem.planner.rehearse import (
 )
 
 LIKE = ("full", "attn", "keep", "last")
-"""The rehearsed blocks: one of each level, and the last, which keeps everything at any level."""
+"""The rehearsed blocks: one of each level, and the last, which keeps everything at any level.
+
+With inputs in host memory another one, of the first level, stands before them: in its backward no
+input of a block below is on its way.
+"""
 RECOMPUTE = "keep:2,attn:1,full"  # that gives them
 _BLOCK_PHASE = re.compile(r"(forward|backward) of block (\d+)")
 _BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.")
@@ -82,13 +86,17 @@ class Section:
 
 @dataclass
 class Pass:
-    """A micro-batch in the order of time; blocks are those of LIKE."""
+    """A micro-batch in the order of time; blocks are those of LIKE, or another one and these.
+
+    ahead: bytes of the block below in every backward but the first block's.
+    """
 
     opening: list[Moment] = field(default_factory=list)
     forward: list[Section] = field(default_factory=list)
     turn: list[Moment] = field(default_factory=list)  # final norm, head and loss
     backward: list[Section] = field(default_factory=list)
     closing: list[Moment] = field(default_factory=list)
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ class ModelBytes:
     them. resting: bytes after the last of them.
     evaluation: the peak of an evaluation batch. pieces: kin of a weight -> of its gradient, as
     they are handed. layer_major: the blocks are the first, others and the last of one level, as
-    many as the model has or LIKE.
+    many as the model has or LIKE. host: bytes of host memory for the input of a block, where they
+    wait there and the order is not layer-major.
     """
 
     passes: list[Pass]
@@ -105,6 +114,7 @@ class ModelBytes:
     evaluation: int
     pieces: dict[str, list[Piece]]
     layer_major: bool = False
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,8 @@ class _Listener(Optimizer):
 
 def model_bytes(model: ModelConfig, choice: Choice, seq_len: int, attention: str) -> ModelBytes:
     """Rehearse the choice's micro-batch on a model with one block of each level, and the last."""
-    blocks = len(LIKE)
+    away = choice.boundaries == "host" and choice.update != "layer-major"
+    blocks = len(LIKE) + away
     if choice.update == "layer-major":  # there the first and the last are different
         blocks = min(blocks, model.num_hidden_layers)
     small = model.model_copy(update={"num_hidden_layers": blocks})
@@ -234,13 +245,23 @@ def model_bytes(model: ModelConfig, choice: Choice, seq_len: int, attention: str
     with recorder, standing_for(attention):
         loss_and_norm = update(llama, listener, choice, seq_len)
         passes = _passes(recorder.sections)
+        for each in passes if away else ():
+            each.ahead = _ahead(each)
         recorder.peak = resting = recorder.live
         del loss_and_norm  # training reads them after the step
         evaluate(llama, choice, seq_len)
     pieces = {
         kin(name): found[: len(found) // len(passes)] for name, found in recorder.pieces.items()
     }
-    return ModelBytes(passes, resting, recorder.peak, pieces, choice.update == "layer-major")
+    host = recorder.host_peak // (blocks - 1) if away else 0
+    layer_major = choice.update == "layer-major"
+    return ModelBytes(passes, resting, recorder.peak, pieces, layer_major, host)
+
+
+def _ahead(each: Pass) -> int:
+    """By how much backward of the second block is higher than the first's, which is like it."""
+    first, second = (section.moments[0].live for section in each.backward[:2])
+    return second - first - (each.forward[1].start - each.forward[0].start)
 
 
 def _passes(sections: Iterable[Section]) -> list[Pass]:
@@ -411,7 +432,9 @@ def compose(model: ModelBytes, optimizer: OptimizerBytes, recompute: str, blocks
         like = list(range(min(blocks, len(LIKE))))
         like[1:1] = [1] * (blocks - len(like))
     else:
-        like = [LIKE.index(level) for level in levels_of(recompute, blocks)[:-1]] + [len(LIKE) - 1]
+        before = len(model.passes[0].forward) - len(LIKE)
+        levels = [*levels_of(recompute, blocks)[:-1], LIKE[-1]]
+        like = [before + LIKE.index(level) for level in levels]
     held = most = 0
     for number, each in enumerate(model.passes):
         taken: Counter[str] = Counter()
@@ -432,7 +455,8 @@ def _in_time(each: Pass, like: Sequence[int]) -> Iterator[tuple[list[Moment], in
         yield each.forward[at].moments, shift, ""
     yield each.turn, shifts[-1], ""
     for index in reversed(range(len(like))):
-        yield each.backward[like[index]].moments, shifts[index], _block(index)
+        shift = shifts[index] - (0 if index else each.ahead)
+        yield each.backward[like[index]].moments, shift, _block(index)
     yield each.closing, 0, ""
 
 

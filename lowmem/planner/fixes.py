@@ -53,6 +53,9 @@ def _variations(job: Job, choice: Choice) -> Iterator[tuple[str, Choice]]:
     if job.rows > 1 and train.update == "auto" and train.device == "cuda" and not asked:
         flags = "--update layer-major --boundaries host --place host --blocks host --clip off"
         yield flags, _layer_major(choice, job.rows)
+    within = choice.update != "layer-major" and train.device == "cuda"
+    if within and choice.boundaries == "keep" and job.model.num_hidden_layers > 1:
+        yield "--boundaries host", replace(choice, boundaries="host")
     if choice.recompute != "full":
         yield "--recompute full", replace(choice, recompute="full")
     if choice.micro_batch > 1 and choice.update != "fused":

@@ -98,7 +98,11 @@ class Job:
     @property
     def workspace(self) -> int:
         """Bytes that libraries hold throughout a run on this device."""
-        return 0 if self.config.train.device == "cpu" else self.card.workspace
+        return 0 if self._on_cpu else self.card.workspace
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.config.train.device == "cpu"
 
     def choice(self, kind: Kind, way: Way, recompute: str, logits: Logits, micro: int) -> Choice:
         """These settings as a Choice, with micro-batches made equal in size."""
@@ -163,12 +167,15 @@ class Job:
         return self._optimizer_bytes(choice).held
 
     def host(self, choice: Choice) -> int:
-        """Bytes of host memory beside the card's: sums that lie there."""
-        return self._optimizer_bytes(choice).host if choice.accumulate > 1 else 0
+        """Bytes of host memory beside the card's: sums that lie there, and in other orders than
+        layer-major inputs of blocks."""
+        inputs = self._model_bytes(choice).host * (self.model.num_hidden_layers - 1)
+        return inputs + (self._optimizer_bytes(choice).host if choice.accumulate > 1 else 0)
 
     def peak(self, choice: Choice) -> int:
         """Bytes that the allocator will have reserved at the peak, the last of them guessed."""
-        return self._reserved(self.tensors(choice)) + self._missed.get(choice.update, 0)
+        beside = self.host(choice) if self._on_cpu else 0  # of the same memory
+        return self._reserved(self.tensors(choice)) + beside + self._missed.get(choice.update, 0)
 
     def tensors(self, choice: Choice) -> int:
         """Bytes of live tensors at the peak: exact but for estimates of the curvature, which are
@@ -200,8 +207,8 @@ class Job:
     def _replayed(self, choice: Choice) -> Memory:
         full = self._rehearsal(choice)
         told = full.parts, full.instant, full.phases
-        if self.config.train.device == "cpu":  # the host's allocator returns what it does not use
-            return Memory(full.tensors, full.tensors, full.tensors, *told, full.host)
+        if self._on_cpu:  # the host's allocator returns what it does not use
+            return Memory(full.tensors, full.tensors, full.tensors + full.host, *told, full.host)
         peaks = replay(full.events, expandable=expandable_segments())
         return Memory(full.tensors, peaks.allocated, peaks.reserved, *told, full.host)
 
@@ -270,7 +277,7 @@ class Job:
         return self._llamas[key]
 
     def _reserved(self, tensors: int) -> int:
-        if self.config.train.device == "cpu":
+        if self._on_cpu:
             return tensors
         return round(1.003 * tensors) + 40 * MIB  # whole pages; the replay of the winner decides
 
@@ -285,9 +292,10 @@ def _check_recompute(recompute: str, blocks: int) -> None:
 
 
 def _order_of(choice: Choice) -> tuple[Any, ...]:
-    """What else the model's bytes depend on in layer-major order, nothing in another."""
-    layer_major = choice.update == "layer-major"
-    return (choice.boundaries, choice.blocks, choice.accumulate) if layer_major else ()
+    """What else the model's bytes depend on, in layer-major order and in another."""
+    if choice.update == "layer-major":
+        return choice.boundaries, choice.blocks, choice.accumulate
+    return (choice.boundaries,)
 
 
 def kind_of(choice: Choice) -> Kind:

@@ -101,7 +101,7 @@ class Choice:
     logits: Logits = "recompute"
     ends: Ends = "exact"  # embedding and head
     sums: SumFormat = "fp32"  # of gradients, over micro-batches
-    boundaries: BoundaryPlace = "keep"  # inputs of blocks in layer-major order
+    boundaries: BoundaryPlace = "keep"  # inputs of blocks until their backward
     place: StatePlace = "device"  # of states
     blocks: StatePlace = "device"  # of their weights
 

@@ -32,7 +32,6 @@ from lowmem.config.schema import (
     UpdateMode,
     WeightFormat,
 )
-from lowmem.host_memory import HOST
 from lowmem.kernels.blockwise import lookup_tables
 from lowmem.kernels.dispatch import rehearsing
 from lowmem.kernels.grouped_weight import Weight
@@ -45,6 +44,7 @@ from lowmem.optim.step import MadeAnew, gather
 from lowmem.phases import current_phase, phase, sentence
 from lowmem.planner.plan import Choice, PhasePeak
 from lowmem.planner.workspaces import scratch_of_operators
+from lowmem.transfers import HOST
 
 GRANULE = 512  # the CUDA caching allocator rounds every request up to it
 _STRAY_BYTES = 2**20  # more than this in real memory during a rehearsal is a bug

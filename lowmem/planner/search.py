@@ -102,6 +102,8 @@ def make_plan(
     if choice is not None:
         if config.train.sums == "auto":
             said = [*_about_sums(job, choice), *said]
+        if config.train.boundaries == "auto":
+            said = [*_about_inputs(job, choice), *said]
         return _plan(job, choice, _others(job, choice, rows, room), said)
     smallest = least(job)
     others = [row for row in rows if row.choice.method != smallest.method]
@@ -115,7 +117,9 @@ def _in_any_form(job: Job, room: int) -> tuple[Job, list[Candidate], Choice | No
     """
     resident = _resident_forms(job)
     tried: list[tuple[Job, list[Candidate]]] = []
-    for form in _forms(job):
+    for number, form in enumerate(_forms(job)):
+        if number >= len(resident) and not _fits_at_all(form, room):
+            continue  # without the rows that a search makes: nobody will see them
         rows, choice = search(form, room)
         if choice is not None and not _lacks_host_memory(form, choice):
             return form, rows, choice
@@ -129,11 +133,13 @@ def _lacks_host_memory(job: Job, choice: Choice) -> bool:
 
 
 def _forms(job: Job) -> list[Job]:
-    """The job; with int8 embedding and head; in layer-major order; with sums in host memory."""
+    """The job; with int8 embedding and head; in layer-major order; then what takes host memory,
+    the least traffic first: block inputs there, sums there, both."""
     forms = _resident_forms(job)
-    hosts = [host for form in forms if (host := _on_host(form)) is not None]
     order = _layer_major(job)
-    return [*forms, *([] if order is None else [order]), *hosts]
+    inputs = [away for form in forms if (away := _inputs_away(form)) is not None]
+    sums = [away for form in (*forms, *inputs) if (away := _on_host(form)) is not None]
+    return [*forms, *([] if order is None else [order]), *inputs, *sums]
 
 
 def _resident_forms(job: Job) -> list[Job]:
@@ -143,33 +149,52 @@ def _resident_forms(job: Job) -> list[Job]:
 def _on_host(job: Job) -> Job | None:
     """The same job with sums in host memory, None where the user wants it otherwise."""
     train = job.config.train
-    if train.device != "cuda" or train.sums != "auto" or train.update == "layer-major":
+    if train.device != "cuda" or train.sums != "auto" or job.rows == 1:
         return None
-    if "host" in (train.boundaries, train.blocks):
+    if train.update in MOVE_EARLY or train.blocks == "host" or _follows_curvature(job):
         return None
-    train = train.model_copy(update={"sums": "host"})
-    return replace(job, config=job.config.model_copy(update={"train": train}))
+    return _with(job, sums="host")
+
+
+def _inputs_away(job: Job) -> Job | None:
+    """The same job with block inputs in host memory, None where that is no choice."""
+    train = job.config.train
+    if train.device != "cuda" or train.boundaries != "auto" or train.update == "layer-major":
+        return None
+    if train.blocks == "host" or job.model.num_hidden_layers == 1:
+        return None
+    return _with(job, boundaries="host")
+
+
+def _with(job: Job, **train: Any) -> Job:
+    settings = job.config.train.model_copy(update=train)
+    return replace(job, config=job.config.model_copy(update={"train": settings}))
 
 
 def _layer_major(job: Job) -> Job | None:
     """The same job in layer-major order, None where the user wants it otherwise.
 
-    It takes no host memory, for nobody has said that there is some to spare.
+    It takes no host memory where nobody has said that there is some to spare.
     """
     train, optimizer = job.config.train, job.config.optimizer
     if train.update != "auto" or job.rows == 1 or train.sums not in ("auto", "fp32"):
         return None
-    if "host" in (train.boundaries, train.blocks, optimizer.place):
+    if "host" in (train.blocks, optimizer.place):
         return None
     if isinstance(train.clip, float) or train.recompute not in ("auto", "full"):
         return None
-    if curvatures(families(job.config, job.model)[0].least, optimizer):
+    if _follows_curvature(job):
         return None
-    places = {"boundaries": "keep", "blocks": "device"}
+    boundaries = "keep" if train.boundaries == "auto" else train.boundaries
+    places = {"boundaries": boundaries, "blocks": "device"}
     train = train.model_copy(update={"update": "layer-major", **places})
     optimizer = optimizer.model_copy(update={"place": "device"})
     config = job.config.model_copy(update={"train": train, "optimizer": optimizer})
     return replace(job, config=config)
+
+
+def _follows_curvature(job: Job) -> bool:
+    return bool(curvatures(families(job.config, job.model)[0].least, job.config.optimizer))
 
 
 def _coarser(job: Job) -> Job | None:
@@ -177,8 +202,7 @@ def _coarser(job: Job) -> Job | None:
     train = job.config.train
     if train.device != "cuda" or train.ends != "auto" or train.weights not in ("auto", "int8"):
         return None
-    train = train.model_copy(update={"ends": "int8", "weights": "int8"})
-    return replace(job, config=job.config.model_copy(update={"train": train}))
+    return _with(job, ends="int8", weights="int8")
 
 
 def _smaller_batch(
@@ -207,8 +231,14 @@ def _about_sums(job: Job, choice: Choice) -> list[str]:
         return []
     where = f"{choice.sums} sums of gradients"
     if choice.sums == "host":
-        where = f"sums of gradients in {format_bytes(job.host(choice))} of host memory"
+        where = "sums of gradients in host memory"
     return [f"{where}{INSTEAD}fp32 ones on the card, which do not fit"]
+
+
+def _about_inputs(job: Job, choice: Choice) -> list[str]:
+    if choice.boundaries == "keep" or choice.update == "layer-major":
+        return []
+    return [f"block inputs in host memory{INSTEAD}on the card, where they do not fit"]
 
 
 def _plan(job: Job, choice: Choice, rows: list[Candidate], notes: list[str]) -> Plan:
@@ -576,7 +606,8 @@ def _filled(config: Config, choice: Choice, model: ModelConfig) -> Config:
             "weights": choice.weights,
             "ends": choice.ends,
             "sums": choice.sums,
-            **({"boundaries": choice.boundaries, "blocks": choice.blocks} if layer_major else {}),
+            "boundaries": choice.boundaries,
+            **({"blocks": choice.blocks} if layer_major else {}),
         }
     )
     return config.model_copy(update={"optimizer": optimizer, "train": train})

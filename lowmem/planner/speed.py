@@ -218,8 +218,11 @@ def operations(timed: Timed) -> Iterator[Op]:
         yield Op("host memory", "bus", 0, rest * _state_bytes(choice, Work()))
     if choice.blocks == "host":
         yield Op("host memory", "bus", 0, sum(block_bytes(timed.model, choice.weights)))
-    if choice.boundaries == "host":
+    if choice.boundaries == "host" and choice.update == "layer-major":
         yield Op("host memory", "bus", 0, sum(boundary_bytes(timed.model, timed.tokens)))
+    elif choice.boundaries == "host":
+        moved = 2 * input_bytes(timed.model, timed.tokens) * passes / choice.accumulate
+        yield Op("host memory", "bus", 0, moved)
 
 
 def boundary_bytes(model: ModelConfig, tokens: float, element: int = _ACTIVATION) -> Traffic:
@@ -230,6 +233,12 @@ def boundary_bytes(model: ModelConfig, tokens: float, element: int = _ACTIVATION
     """
     layer, blocks = element * tokens * model.hidden_size, model.num_hidden_layers
     return (3 * blocks + 2) * layer, (2 * blocks + 2) * layer
+
+
+def input_bytes(model: ModelConfig, tokens: float, element: int = _ACTIVATION) -> float:
+    """Bytes to the host, and as many back, of the inputs of blocks in another order: of all but the
+    last."""
+    return element * tokens * model.hidden_size * (model.num_hidden_layers - 1)
 
 
 def block_bytes(model: ModelConfig, weights: str) -> Traffic:

@@ -21,14 +21,18 @@ from lowmem.train.loop import declared
 
 LEAST_RANK = 4
 SAME_EVERYWHERE = ("betas", "gap")  # options that mean the same to every method that has them
+OF_THE_ORDER = ("recompute", "boundaries", "blocks")  # what suits an update mode; changes no bit
 
 
 def changed(config: Config, asked: Config, given: Set[str]) -> Config:
     """`asked`, the configuration of a run with the `given` keys, made whole.
 
     Another method keeps schedule and learning rate, and of its options those that mean the same.
-    ConfigError: it was tuned for another learning rate, and none is given.
+    Another update mode has what blocks keep, and where, planned anew. ConfigError: the method was
+    tuned for another learning rate, and none is given.
     """
+    if asked.train.update != config.train.update:
+        asked = _reordered(asked, given)
     old, new = config.optimizer, asked.optimizer
     if "optimizer.method" not in given or old.method == new.method:
         return asked
@@ -46,6 +50,14 @@ def changed(config: Config, asked: Config, given: Set[str]) -> Config:
         }
     )
     return asked.model_copy(update={"optimizer": optimizer})
+
+
+def _reordered(asked: Config, given: Set[str]) -> Config:
+    free = {key: "auto" for key in OF_THE_ORDER if f"train.{key}" not in given}
+    asked = _with(asked, "train", free)
+    if asked.train.update in ("fused", "fused+subspace") and "optimizer.place" not in given:
+        asked = _with(asked, "optimizer", {"place": "auto"})  # they need states in backward
+    return asked
 
 
 def _require_same_rate(config: Config, new: OptimizerConfig) -> None:
@@ -95,7 +107,9 @@ def ways_down(config: Config, given: Set[str]) -> Iterator[tuple[str, Config]]:
     """(what changes, configuration), from exact to least exact."""
     yield "the run's settings", config
     free = {
-        key: "auto" for key in ("micro_batch", "recompute", "logits") if f"train.{key}" not in given
+        key: "auto"
+        for key in ("micro_batch", "recompute", "logits", "boundaries")
+        if f"train.{key}" not in given
     }
     config = _with(config, "train", free)
     yield "another micro-batch and recomputation", config

@@ -5,11 +5,13 @@
     slices              pieces of vocabulary and weights, a quarter         summed in another order
     logits, recompute   less is kept for backward                           the same bits
     micro-batch         halved, and twice as many                           summed in another order
+    boundaries          inputs of blocks wait in host memory                the same bits
 
 The batch, its order and the learning rate never change. Each step is told, is written down, and
 stays for the rest of the run. Before the first write of an update the whole update is repeated,
-a step further down; from then on the call alone that failed (`retried.py`), after `free`. Where
-nothing is left to do the run saves, if it stands between two updates, and ends with exit code 7.
+a step further down; from then on the call alone that failed (`retried.py`), after `free`, and in
+layer-major order once more after `boundaries`. Where nothing is left to do the run saves, if it
+stands between two updates, and ends with exit code 7.
 """
 
 import gc
@@ -26,8 +28,9 @@ from lowmem.errors import CheckpointError, short
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
 from lowmem.phases import current_phase, phases_of, sentence
+from lowmem.planner.hardware import available_memory
 from lowmem.planner.job import Job
-from lowmem.planner.plan import Plan
+from lowmem.planner.plan import Choice, Plan
 from lowmem.train.cap import Cap
 from lowmem.train.evaluate import halved
 from lowmem.train.events import Eased, Report
@@ -136,7 +139,7 @@ class Ladder:
             return
         self._retrying = True
         try:
-            with RetriedCalls(self._free_for_call):
+            with RetriedCalls([self._free_for_call, self._lend_for_call]):
                 yield
         finally:
             self._retrying = False
@@ -186,17 +189,28 @@ class Ladder:
             gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
-    def _free_for_call(self, failed: torch.OutOfMemoryError) -> None:
+    def _free_for_call(self, failed: torch.OutOfMemoryError) -> bool:
         first = self._told != self.update  # where memory is short many calls may fail,
         self.free(garbage=first)  # and garbage takes a tenth of a second to look for
         if first:
             self._told = self.update
             self._tell("free", "memory freed, the call is made again", failed)
+        return True
+
+    def _lend_for_call(self, failed: torch.OutOfMemoryError) -> bool:
+        """In the middle of a layer-major update: all that waits on the device goes to the host."""
+        layers = len(self.model.blocks) + 1
+        needed = layers * self.model.boundaries.layer_bytes
+        if not needed or needed > available_memory():
+            return False
+        said = self._lent()
+        self.free()
+        self._tell(*said, failed)
+        return True
 
     def _step_down(self, failed: torch.OutOfMemoryError) -> bool:
         """Take the next step; False: there is none."""
-        # Block inputs in host memory would come last.
-        for easier in (self._slice, self._keep_less, self._halve):
+        for easier in (self._slice, self._keep_less, self._halve, self._lend):
             said = easier()
             if said is not None:
                 self._tell(*said, failed)
@@ -231,18 +245,39 @@ class Ladder:
         self.rungs["micro_batch"] = fewer
         return "micro-batch", f"micro-batches of {fewer} sequences instead of {rows}"
 
+    def _lend(self) -> tuple[str, str] | None:
+        if self.rungs["boundaries"] == "host" or len(self.model.blocks) == 1:
+            return None
+        if self.plan is not None:
+            job = Job.of(self.plan.config, self.plan.card)
+            there = replace(self._now(job, self.plan.choice), boundaries="host")
+            if job.host(there) > available_memory():
+                return None
+        return self._lent()
+
+    def _lent(self) -> tuple[str, str]:
+        self.rungs["boundaries"] = "host"
+        self.model.boundaries.lend()
+        return "boundaries", "inputs of blocks wait in host memory"
+
+    def _now(self, job: Job, planned: Choice) -> Choice:
+        """What was planned, as far down as the run is."""
+        rows = self.rungs["micro_batch"]
+        return replace(
+            planned,
+            recompute=self.rungs["recompute"],
+            logits="keep" if self.rungs["logits"] else "recompute",
+            micro_batch=rows,
+            accumulate=-(-job.rows // rows),
+            boundaries=self.rungs["boundaries"],
+        )
+
     def _helps(self, rows: int) -> bool:
         """Do micro-batches of so many sequences need less, with the sums they are added to?"""
         if self.plan is None:
             return True
         job = Job.of(self.plan.config, self.plan.card)
-        now = replace(
-            self.plan.choice,
-            recompute=self.rungs["recompute"],
-            logits="keep" if self.rungs["logits"] else "recompute",
-            micro_batch=self.rungs["micro_batch"],
-            accumulate=-(-job.rows // self.rungs["micro_batch"]),
-        )
+        now = self._now(job, self.plan.choice)
         smaller = replace(now, micro_batch=rows, accumulate=-(-job.rows // rows))
         return job.tensors(smaller) < job.tensors(now)
 

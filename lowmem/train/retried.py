@@ -6,7 +6,7 @@ repeated once memory has been freed, and the work goes on behind it.
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,24 +14,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class RetriedCalls(TorchDispatchMode):
-    """Inside, every tensor operation that runs out of memory is repeated once, after `free`.
+    """Inside, every tensor operation that runs out of memory is repeated after each of `helps`.
 
-    free: is given the error. Costs about 3 microseconds a call, so it stands around what cannot be
-    repeated as a whole, and not around everything.
+    helps: are given the error, and say whether there is reason to try again. Costs about 3
+    microseconds a call, so it stands around what cannot be repeated as a whole, and not around
+    everything.
     """
 
-    def __init__(self, free: Callable[[torch.OutOfMemoryError], None]) -> None:
+    def __init__(self, helps: Sequence[Callable[[torch.OutOfMemoryError], bool]]) -> None:
         super().__init__()
-        self._free = free
+        self._helps = helps
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        try:
-            return func(*args, **(kwargs or {}))
-        except torch.OutOfMemoryError as error:
-            failed = without_frames(error)
-        self._free(failed)
+        for help in self._helps:
+            try:
+                return func(*args, **(kwargs or {}))
+            except torch.OutOfMemoryError as error:
+                failed = without_frames(error)
+            if not help(failed):
+                raise failed
         return func(*args, **(kwargs or {}))
 
 

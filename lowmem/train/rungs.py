@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from typing_extensions import TypedDict
 
-from lowmem.config.schema import Config, Recompute, Size, settled
+from lowmem.config.schema import BoundaryPlace, Config, Recompute, Size, settled
 from lowmem.kernels.slices import smaller_slices
 from lowmem.model.llama import Llama
 
@@ -14,7 +14,8 @@ class Rungs(TypedDict):
     """What a run has come down to, as plain JSON.
 
     slices: the divisor. micro_batch: sequences in training, evaluation: in validation. prepared:
-    weights whose states are those of the coming update already (`Slot.prepared`).
+    weights whose states are those of the coming update already (`Slot.prepared`). boundaries: where
+    inputs of blocks wait.
     """
 
     slices: Size
@@ -22,6 +23,7 @@ class Rungs(TypedDict):
     recompute: Recompute
     micro_batch: Size
     evaluation: Size
+    boundaries: BoundaryPlace
     prepared: list[str]
 
 
@@ -35,6 +37,7 @@ def rungs_of(config: Config) -> Rungs:
         "recompute": settled(train.recompute),
         "micro_batch": rows,
         "evaluation": rows,
+        "boundaries": "host" if train.boundaries == "host" else "keep",
         "prepared": [],
     }
 
@@ -43,5 +46,6 @@ def rungs_of(config: Config) -> Rungs:
 def standing_on(rungs: Rungs, model: Llama) -> Iterator[None]:
     """Make the model, and inside also all slices, what `rungs` says."""
     model.recompute, model.keep_logits = rungs["recompute"], rungs["logits"]
+    model.boundaries.where = rungs["boundaries"]
     with smaller_slices(rungs["slices"]):
         yield

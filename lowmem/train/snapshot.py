@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.host_memory import pinned_like
+from lowmem.transfers import host_memory
 
 Named = list[tuple[str, Tensor]]
 
@@ -61,8 +61,7 @@ class Snapshot:
 class HostCopy:
     """Host memory that holds the tensors of one snapshot; made at the first and used again.
 
-    Pinned for tensors of a card, so that copying is one transfer; PyTorch rounds every pinned
-    tensor up to a power of two.
+    Pinned for tensors of a card, so that copying is one transfer.
     """
 
     def __init__(self) -> None:
@@ -72,7 +71,7 @@ class HostCopy:
         """Make the memory for such a snapshot; touched, for the system gives pages only then."""
         for path, file in snapshot.tensors.items():
             for name, tensor in file.tensors:
-                self._buffers[path, name] = pinned_like(tensor).zero_()
+                self._buffers[path, name] = _host_like(tensor).zero_()
 
     def of(self, snapshot: Snapshot) -> Snapshot:
         """The same content in this memory; what was in it before is overwritten."""
@@ -84,7 +83,7 @@ class HostCopy:
             for name, tensor in file.tensors:
                 buffer = before.pop((path, name), None)
                 if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffer = pinned_like(tensor)
+                    buffer = _host_like(tensor)
                 buffer.copy_(tensor, non_blocking=True)
                 self._buffers[path, name] = buffer
                 pairs.append((name, buffer))
@@ -94,3 +93,7 @@ class HostCopy:
         for card in cards:
             torch.cuda.synchronize(card)
         return replace(snapshot, tensors=copied)
+
+
+def _host_like(tensor: Tensor) -> Tensor:
+    return host_memory(tuple(tensor.shape), tensor.dtype, tensor.device)

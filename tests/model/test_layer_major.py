@@ -48,6 +48,7 @@ def trained(
     sizes: tuple[int, ...] = (2, 2, 1),
     boundaries: Any = "keep",
     blocks: Any = "device",
+    recompute: str = "attn",
     **shape: Any,
 ) -> Trained:
     """Updates of the same random text, in micro-batches of these sizes."""
@@ -57,7 +58,7 @@ def trained(
         dtype=DTYPES[weights],
         device="cpu",
         int8=weights == "int8",
-        recompute="attn",
+        recompute=recompute,
         boundaries=boundaries,
         blocks=blocks,
     )

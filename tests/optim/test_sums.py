@@ -45,7 +45,7 @@ def empty(sums: str, shape: tuple[int, ...] = SHAPE) -> Sum:
             return RoundedSum.zeros(size, device)
         case "int8":
             return CodedSum.zeros(size, device)
-    return HostSum(size, Staging(torch.empty(0)))
+    return HostSum("w", size, Staging(torch.empty(0)))
 
 
 def summed(sums: str, pieces: list[Tensor], seed: int = 0) -> Sum:
@@ -107,9 +107,21 @@ def test_traffic_of_host_sums_is_counted() -> None:
     total = summed("host", draw(5))
     assert isinstance(total, HostSum)
     total.whole()
-    elements = total.shape.numel()
-    assert total.staging.bytes_moved == 4 * elements * (5 + 4 + 1)
-    assert sum(room.numel() for room in total.rooms) == elements
+    elements, transfers = total.shape.numel(), total.staging.transfers
+    assert (transfers.stored, transfers.fetched) == (4 * elements * 5, 4 * elements * (4 + 1))
+    assert total.home.numel() == elements
+
+
+def test_a_weight_keeps_its_host_memory_for_all_updates() -> None:
+    """To pin it anew would take longer than to add it up."""
+    optimizer = optimizer_of("adamw", "unfused", "host", torch.float32)
+    assert optimizer.staging is not None
+    places = []
+    for _ in range(3):
+        update(optimizer, draw(3), ROWS, torch.float32)
+        places.append({name: home.data_ptr() for name, home in optimizer.staging._homes.items()})
+    assert places[0] == places[1] == places[2]
+    assert places[0].keys() == set(ROLES) - {"norm"}
 
 
 @every_format
@@ -197,7 +209,7 @@ def test_sums_in_host_memory_change_no_bit(case: str, mode: str, group: int | No
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert on_host.staging is not None
-    assert on_host.staging.bytes_moved > 0
+    assert on_host.staging.transfers.stored > 0
     assert not any(isinstance(slot.kept, HostSum) for slot in on_host.slots.values())
 
 
@@ -297,8 +309,8 @@ def test_sums_that_leave_a_card_and_come_back_change_no_bit() -> None:
     torch.cuda.manual_seed(1)
     pieces = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(6)]
     exact = torch.zeros(shape, device=device)
-    total = HostSum(shape, Staging(exact))
-    assert all(room.is_pinned() for room in total.rooms)
+    total = HostSum("w", shape, Staging(exact))
+    assert total.home.is_pinned()
     for piece in pieces:
         exact.add_(piece)
         handed = piece.clone()

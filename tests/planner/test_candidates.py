@@ -296,7 +296,8 @@ def test_a_kind_changes_only_what_it_decides() -> None:
         ({"micro_batch": 4}, GALORE, ["unfused", "fused+subspace"]),
         ({"update": "unfused"}, GALORE, ["unfused"]),
         ({"update": "layer-major"}, GALORE, ["layer-major"]),
-        ({"boundaries": "host"}, GALORE, ["layer-major"]),
+        ({"boundaries": "host"}, GALORE, ["unfused", "fused+subspace", "fused"]),
+        ({"blocks": "host"}, GALORE, ["layer-major"]),
         ({"update": "fused+subspace", "clip": 0.5}, GALORE, ["fused+subspace"]),
         ({"update": "fused", "clip": "off"}, GALORE, ["fused"]),
     ],
@@ -395,6 +396,10 @@ def test_host_memory_is_taken_in_layer_major_order_or_where_it_was_asked_for() -
         ("layer-major", "host", "device")
     ]
     assert found("cpu", update="layer-major") == [("layer-major", "keep", "device")]
+    assert found("cuda", boundaries="host") == [
+        ("unfused", "host", "device"),
+        ("fused", "host", "device"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -405,11 +410,6 @@ def test_host_memory_is_taken_in_layer_major_order_or_where_it_was_asked_for() -
             {"train": {"update": "layer-major", "recompute": "attn"}},
             'train.recompute = "attn"',
             "--recompute full",
-        ),
-        (
-            {"train": {"update": "fused", "boundaries": "host"}},
-            'train.boundaries = "host" with train.update = "fused"',
-            "--update layer-major",
         ),
         (
             {"train": {"update": "unfused", "blocks": "host"}},

@@ -92,6 +92,24 @@ def test_composed_is_rehearsed_with_other_sums(
     assert composed == rehearsed
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 6])
+@pytest.mark.parametrize(("mode", "accumulate"), MODES)
+def test_composed_is_rehearsed_with_block_inputs_in_host_memory(
+    mode: str, accumulate: int, blocks: int
+) -> None:
+    for level in ["keep", "attn", "full", "keep:2,attn:2,full"][: 3 + (blocks > 2)]:
+        how = replace(choice("galore", mode, accumulate, level), boundaries="host")
+        composed, rehearsed = both(model(blocks), how, "flash")
+        assert composed == rehearsed, level
+
+
+@pytest.mark.parametrize("sums", ["fp32", "host"])
+def test_host_memory_is_composed_to_the_byte(sums: Any) -> None:
+    how = replace(choice("galore", "unfused", 3, "full"), boundaries="host", sums=sums)
+    job = Job(Config(), find_card("24GB", "cuda"), model(7), 6, SEQ_LEN, "flash")
+    assert job.host(how) == job.memory(how).host > 0
+
+
 @pytest.mark.parametrize("attention", ["flash"])
 @pytest.mark.parametrize(
     ("method", "blocks", "micro_batches", "boundaries", "place", "home"),
@@ -176,10 +194,11 @@ def random_case(seed: int) -> tuple[ModelConfig, Choice, str]:
         draw.choice([None, 1.0]) if mode != "fused" else None,
         draw.choice(["recompute", "keep"]),
         sums=draw.choice(["fp32", "bf16", "int8", "host"]),
+        boundaries=boundaries,
     )
     if layer_major:
         how = replace(how, update="layer-major", recompute="full", clip=None)
-        how = replace(how, accumulate=draw.randint(1, 7), boundaries=boundaries, place=place)
+        how = replace(how, accumulate=draw.randint(1, 7), place=place)
         how = replace(how, blocks=place if draw.random() < 0.5 else "device")
     return sizes, how, attention
 

@@ -145,8 +145,31 @@ def test_sums_of_other_formats_are_rehearsed_to_the_byte(
     shape = MODEL.model_copy(update={"num_hidden_layers": 1, "tie_word_embeddings": tied})
     how = replace(choice(mode, "full", weights, 3), sums=sums)
     rehearsed = rehearse(shape, optimizer, how, 32, attention="cpu")
-    assert rehearsed.tensors == real_peak(optimizer, how, 32, shape)
-    assert rehearsed.host == 0  # which is the device here
+    real = real_update(optimizer, how, 32, shape)
+    assert (rehearsed.tensors, rehearsed.host) == (real.peak, real.host_peak)
+    assert bool(rehearsed.host) == (sums == "host")
+
+
+@pytest.mark.parametrize("level", ["keep", "attn", "full", "keep:2,full"])
+@pytest.mark.parametrize(
+    ("mode", "accumulate"), [("unfused", 3), ("fused+subspace", 3), ("fused", 1)]
+)
+def test_block_inputs_in_host_memory_are_rehearsed_to_the_byte(
+    mode: str, accumulate: int, level: str
+) -> None:
+    """On the device and on the host, where there are 7 of 2 x 32 tokens and a page to align."""
+    shape = MODEL.model_copy(update={"num_hidden_layers": 8, "vocab_size": 100})
+    optimizer = OptimizerConfig.model_validate(METHODS["adam8bit"])
+    stays = choice(mode, level, "bf16", accumulate)
+    goes = replace(stays, boundaries="host")
+    rehearsed = rehearse(shape, optimizer, goes, 32, attention="cpu")
+    real = real_update(optimizer, goes, 32, shape)
+    assert (rehearsed.tensors, rehearsed.host) == (real.peak, real.host_peak)
+    x = 2 * 32 * shape.hidden_size * 2
+    assert rehearsed.host == 7 * (x + 4096)
+    # Of 8 inputs the last block's stays, and one comes ahead.
+    saved = rehearse(shape, optimizer, stays, 32, attention="cpu").tensors - rehearsed.tensors
+    assert 0 < saved <= 6 * x if mode == "fused" else saved >= 0
 
 
 @pytest.mark.parametrize("weights", ["bf16", SLOW_INT8])

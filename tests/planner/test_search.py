@@ -107,7 +107,6 @@ def test_a_plan_leaves_nothing_open() -> None:
     config = plan_of("llama-9m", "8GB").config.model_dump()
     elsewhere = {
         ("optimizer", "rank"),
-        ("train", "boundaries"),
         ("train", "blocks"),
         ("train", "trial"),
     }
@@ -211,6 +210,7 @@ def summing(monkeypatch: pytest.MonkeyPatch) -> Job:
     the card, and sequences long, so that backward is the peak."""
     monkeypatch.setitem(SLICE_ELEMENTS, "cuda", 2**16)
     how = {"batch": "8seq", "micro_batch": 1, "weights": "bf16", "recompute": "full"}
+    how |= {"boundaries": "keep"}
     sections = {
         "data": {"seq_len": 1024},
         "optimizer": {"method": "adamw", "states": "fp32"},
@@ -236,13 +236,14 @@ def test_sums_are_no_coarser_than_it_takes_to_fit(summing: Job) -> None:
 
 
 def test_sums_in_host_memory_are_counted_there(summing: Job) -> None:
-    """4 bytes of every weight with 4096 elements or more, in units of 512."""
+    """4 bytes of every weight with 4096 elements or more, and a page of each to align it."""
     choice = summed(summing, "host")
     model = read_preset("llama-9m")
-    large = sum(m * n * count for m, n, count in matrices(model))
-    large += 2 * model.vocab_size * model.hidden_size
-    assert summing.host(choice) == 4 * large
-    assert summing.memory(choice).host == 4 * large
+    sizes = [(m * n, count) for m, n, count in matrices(model)]
+    sizes.append((model.vocab_size * model.hidden_size, 2))
+    large = sum((-(-4 * size // 4096) + 1) * 4096 * count for size, count in sizes)
+    assert summing.host(choice) == large
+    assert summing.memory(choice).host == large
     assert summing.memory(choice).tensors == summing.tensors(choice)
     assert summing.host(summed(summing, "int8")) == 0
 
@@ -256,6 +257,53 @@ def test_a_machine_without_the_memory_gets_no_host_sums(
         monkeypatch.setattr("lowmem.planner.search.available_memory", lambda free=free: free)
         assert _in_any_form(here, peak)[2] == chosen
         assert _in_any_form(summing, peak)[2] == summed(summing, "host")  # a card elsewhere
+
+
+def eight_at_once(method: str, **train: Any) -> Job:
+    """Long sequences on a small model, all in one micro-batch."""
+    how = {"batch": "8seq", "micro_batch": 8, "weights": "bf16", "ends": "exact"} | train
+    optimizer = {"method": method, "states": "fp32"}
+    sections = {"data": {"seq_len": 1024}, "optimizer": optimizer, "train": how}
+    config, _ = settle(Config.model_validate({"model": "llama-9m", **sections}), cuda=True)
+    return Job.of(config, find_card("8GB", "cuda"))
+
+
+def test_block_inputs_are_in_host_memory_where_nothing_else_fits() -> None:
+    job = eight_at_once("adamw", update="fused")
+    stays = job.choice(Kind("adamw", None, "fp32"), Way("fused"), "full", "recompute", 8)
+    goes = replace(stays, boundaries="host")
+    assert job.peak(goes) < job.peak(stays)
+    assert _in_any_form(job, job.peak(stays))[2] == stays
+    found = _in_any_form(job, job.peak(stays) - 1)[2]
+    assert found is not None
+    assert replace(found, recompute="full") == goes  # there may be room to recompute less
+    assert _in_any_form(job, job.peak(goes))[2] == goes
+    assert _in_any_form(job, job.peak(goes) - 1)[2] is None
+    kept = eight_at_once("adamw", update="fused", boundaries="keep")
+    assert _in_any_form(kept, job.peak(stays) - 1)[2] is None
+
+
+def test_a_plan_says_that_block_inputs_are_in_host_memory() -> None:
+    job = eight_at_once("adamw", update="fused")
+    stays = job.choice(Kind("adamw", None, "fp32"), Way("fused"), "full", "recompute", 8)
+    card = replace(job.card, total=job.peak(stays) - 1, context=0, others=0, margin=0)
+    plan = make_plan(job.config, card, [])
+    assert plan.fits
+    assert plan.config.train.boundaries == "host"
+    assert plan.memory.host == job.host(plan.choice) > 0
+    assert plan.memory.tensors == job.tensors(plan.choice)
+    assert "block inputs in host memory instead of on the card" in plan.departures[0]
+    again = make_plan(plan.config, card, [])
+    assert again.choice == plan.choice
+    assert not any("instead" in note for note in again.notes)  # now it was asked for
+
+
+@pytest.mark.parametrize(("method", "train"), [("adamw", {"update": "fused"}), ("sophia", {})])
+def test_where_host_sums_are_no_choice_nothing_fits_and_no_contradiction_is_told(
+    method: str, train: dict[str, Any]
+) -> None:
+    job = eight_at_once(method, **train)
+    assert _in_any_form(job, 2**20)[2] is None
 
 
 def test_a_plan_says_that_sums_are_coarser() -> None:

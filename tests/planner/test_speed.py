@@ -215,6 +215,18 @@ def test_codes_become_floats_as_often_as_is_counted(
     assert op.bytes * op.times == 2 * PASSES["codes"] * sum(seen)
 
 
+@pytest.mark.parametrize(("method", "passes"), [("adamw", 1), ("sophia", 1.1)])
+def test_block_inputs_cross_the_bus_twice_in_every_pass(method: str, passes: float) -> None:
+    """Those of all blocks but the last, in bf16, at 20 GB/s; a tenth of a pass is Sophia's."""
+    stays = replace(CHOICE, method=method)
+    goes = replace(stays, boundaries="host")
+    without, with_it = (dict(speed_on("rtx4090", SMALL, how).parts) for how in (stays, goes))
+    bus = with_it.pop("host memory")
+    moved = 2 * 2 * (16 * 32 * 256) * SMALL.hidden_size * (SMALL.num_hidden_layers - 1)
+    assert with_it == without
+    assert bus == pytest.approx(passes * moved / 20e9)
+
+
 def test_codes_cost_time() -> None:
     """To make them floats; with more tokens per micro-batch, less of it."""
     model = read_preset("llama-7b")

@@ -29,13 +29,14 @@ HALF = 6
 def begun(ready_config: MakeConfig, tiny_corpus: Corpus) -> Callable[..., Run]:
     """A finished run of 12 updates, with a checkpoint at the sixth."""
 
-    def make(optimizer: dict[str, Any], **more: Any) -> Run:
+    def make(optimizer: dict[str, Any], name: str = "a", **more: Any) -> Run:
         config = ready_config(
             optimizer=optimizer | {"lr": 0.003},
             train={"updates": 2 * HALF} | more,
             checkpoint={"every": HALF, "keep": 3},
         )
-        run = Run.create(config, None)
+        named = config.run.model_copy(update={"name": name})
+        run = Run.create(config.model_copy(update={"run": named}), None)
         train(run, tiny_corpus, lambda event: None)
         return run
 
@@ -110,6 +111,47 @@ def test_a_converted_run_goes_on_without_a_jump(
     (event,) = converted(run)
     assert event["update"] == HALF
     assert not all(part["exact"] for part in event["parts"])
+
+
+ON_HOST = {"update": "layer-major", "boundaries": "host", "blocks": "host"}
+ADAMW = {"method": "adamw", "rank": "auto"}
+FRUGAL = {"method": "frugal", "rank": "auto", "gap": 4}
+TO_HOST = ["--update", "layer-major", "--boundaries", "host", "--place", "host", "--blocks", "host"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "how", "flags"),
+    [
+        (ADAMW | {"place": "host"}, ON_HOST, ["--update", "unfused"]),
+        (GALORE, {}, TO_HOST),
+        *(
+            pytest.param(optimizer, how, flags, marks=pytest.mark.slow)
+            for optimizer, how, flags in [
+                (GALORE | {"states": "8bit", "place": "host"}, ON_HOST, ["--update", "unfused"]),
+                (FRUGAL | {"place": "host"}, ON_HOST, ["--update", "unfused", "--place", "device"]),
+                (FRUGAL, {"boundaries": "host"}, TO_HOST),
+                (ADAMW | {"place": "host"}, {}, ["--place", "device", "--boundaries", "host"]),
+            ]
+        ),
+    ],
+    ids=lambda value: str(value),
+)
+def test_layer_major_order_and_host_memory_come_and_go_and_no_bit_changes(
+    optimizer: dict[str, Any], how: dict[str, Any], flags: list[str], begun: Callable[..., Run]
+) -> None:
+    """In the middle of a run, whose weights, states and losses are those of a plain one."""
+    plain = begun({k: v for k, v in optimizer.items() if k != "place"}, "plain", micro_batch=3)
+    run = begun(optimizer, micro_batch=3, **how)
+    assert command(["resume", str(middle(run)), *flags, "--quiet"]) == 0
+    assert losses(run) == losses(plain)
+    found, expected = (
+        {name: value for name, value in contents(each.latest()).items() if "safetensors" in name}
+        for each in (run, plain)
+    )
+    assert list(found.values()) == list(expected.values())
+    assert len(found) == 2
+    (event,) = converted(run)
+    assert all(part["error"] == 0.0 for part in event["parts"])
 
 
 @pytest.mark.slow

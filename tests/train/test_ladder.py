@@ -25,6 +25,7 @@ from lowmem.train.ladder import Ladder
 from lowmem.train.loop import declared, train
 from lowmem.train.run import Run
 from lowmem.train.rungs import rungs_of
+from lowmem.transfers import HOST
 from tests.train.faults import Faults
 
 MakeConfig = Callable[..., Config]
@@ -206,6 +207,67 @@ def test_smaller_slices_move_the_loss_by_rounding_alone(
     require_close(sliced, plain, 1e-5)
 
 
+def test_block_inputs_go_to_host_memory_last(
+    start: Callable[..., Run], tiny_corpus: Corpus
+) -> None:
+    one = {"micro_batch": 1}  # cannot be halved
+    plain, lent = start("plain", "unfused", train=one), start("lent", "unfused", train=one)
+    trained(plain, tiny_corpus)
+    report = trained(lent, tiny_corpus, failing_until("boundaries", "backward of block 1"))
+    assert report.steps == ["free", "slices", "recompute", "recompute", "boundaries"]
+    require_same(lent, plain)
+
+
+ON_HOST = {"boundaries": "host", "blocks": "host"}
+PLACES = [
+    pytest.param({"recompute": "full", **how}, place, id=place)
+    for how, place in (({}, "device"), (ON_HOST, "host"))
+]
+
+
+@pytest.mark.parametrize(("how", "place"), PLACES)
+def test_in_layer_major_order_every_operation_may_fail_once(
+    how: dict[str, Any], place: str, start: Callable[..., Run], tiny_corpus: Corpus
+) -> None:
+    """Each of every update, before and after blocks have moved; none moves twice."""
+    case = GALORE | {"place": place}
+    plain, disturbed = (start(name, "layer-major", case, train=how) for name in ("plain", "cut"))
+    trained(plain, tiny_corpus)
+    report = trained(disturbed, tiny_corpus, lambda report, number: number % 2 == 1 and in_update())
+    assert report.faults.raised > 1000
+    assert set(report.steps) == {"free"}
+    assert {"aten.mm.default", "aten._to_copy.default"} <= set(report.faults.names)
+    require_same(disturbed, plain)
+
+
+def in_update() -> bool:
+    """In a loss or a step of training: evaluation has a ladder of its own."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not Ladder.gathered.__code__:
+        frame = frame.f_back
+    return frame.f_back is not None and bool(current_phase())
+
+
+@pytest.mark.parametrize("where", ["forward of block 2", "backward of block 2"])
+def test_in_layer_major_order_block_inputs_make_room_in_the_middle_of_an_update(
+    where: str, start: Callable[..., Run], tiny_corpus: Corpus
+) -> None:
+    """Before the head has moved, and after, when the update cannot be made again."""
+    full = {"recompute": "full", "micro_batch": 2}
+    plain, lent = (start(name, "layer-major", train=full) for name in ("plain", "lent"))
+    trained(plain, tiny_corpus)
+
+    def wanted(report: Report, number: int) -> bool:
+        short = report.update == 1 and in_phase(where)
+        return short and current_phase()[-1] != HOST and "boundaries" not in report.steps
+
+    report = trained(lent, tiny_corpus, wanted)
+    assert report.steps == ["free", "boundaries"]
+    require_same(lent, plain)
+    state = json.loads((lent.latest() / "state.json").read_text())
+    assert state["carried"]["ladder"]["boundaries"] == "host"
+
+
 @pytest.mark.parametrize("mode", ["unfused", "fused+subspace"])
 def test_a_run_that_nothing_helps_saves_and_goes_on_exactly(
     mode: str, start: Callable[..., Run], tiny_corpus: Corpus
@@ -232,15 +294,18 @@ def test_a_run_that_nothing_helps_saves_and_goes_on_exactly(
     report = trained(ended, tiny_corpus)
     assert not report.eased
     assert isinstance(report[-1], Finished)
-    assert report[-1].eased == ["resumed with slices 4, recompute full"]
+    assert report[-1].eased == ["resumed with slices 4, recompute full, boundaries host"]
     require_same(ended, plain)
 
 
+@pytest.mark.parametrize("how", [("fused", {}), ("layer-major", {"recompute": "full", **ON_HOST})])
 def test_weights_that_have_moved_are_not_saved_half_way(
-    start: Callable[..., Run], tiny_corpus: Corpus
+    how: tuple[str, dict[str, Any]], start: Callable[..., Run], tiny_corpus: Corpus
 ) -> None:
-    """In fused mode block 2 has moved when block 1 fails: the last checkpoint stands, exactly."""
-    plain, ended = start("plain", "fused"), start("ended", "fused")
+    """Block 2 has moved when block 1 fails: the last checkpoint stands, exactly."""
+    mode, train = how
+    case = GALORE | ({"place": "host"} if train else {})
+    plain, ended = (start(name, mode, case, train=train) for name in ("plain", "ended"))
     trained(plain, tiny_corpus)
     with pytest.raises(OutOfMemoryError) as caught:
         trained(
@@ -304,6 +369,13 @@ EVERYWHERE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "adahessian": ("unfused", {"method": "adahessian", "rank": "auto"}, {}),
     "q_galore-int8": ("fused+subspace", {"method": "q_galore", "rank": 4}, {"weights": "int8"}),
     "apollo-int8": ("fused", {"method": "q_apollo", "rank": 4}, {"weights": "int8"}),
+    "galore-inputs": ("fused", GALORE, {"boundaries": "host", "recompute": "full"}),
+    "galore-layers": ("layer-major", GALORE, {"recompute": "full"}),
+    "frugal-layers-host": (
+        "layer-major",
+        {"method": "frugal", "rank": "auto", "gap": 3, "place": "host"},
+        {"recompute": "full", **ON_HOST},
+    ),
 }
 
 

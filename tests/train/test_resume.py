@@ -99,6 +99,8 @@ def test_resume_continues_bit_for_bit(
     if mode == "layer-major":
         how |= {"boundaries": "host", "blocks": "host"}
         optimizer = {**optimizer, "place": "host"}
+    if mode == "fused+subspace":
+        how["boundaries"] = "host"
     config = ready(
         tiny_config(optimizer=optimizer, train=how, evaluate={"tokens": 500, "every": 2})
     )

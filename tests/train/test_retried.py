@@ -27,7 +27,12 @@ def final(case: str, mode: str, dtype: torch.dtype, *around: AbstractContextMana
 def require_equal_bits(case: str, mode: str, dtype: torch.dtype) -> None:
     expected, numbers = final(case, mode, dtype)
     faults, freed = Faults(every_one_once()), list[torch.OutOfMemoryError]()
-    found, other_numbers = final(case, mode, dtype, faults, RetriedCalls(freed.append))
+
+    def free(error: torch.OutOfMemoryError) -> bool:
+        freed.append(error)
+        return True
+
+    found, other_numbers = final(case, mode, dtype, faults, RetriedCalls([free]))
     assert faults.raised == len(freed) == faults.count / 2 > 50  # every single one
     assert numbers == other_numbers
     assert found.keys() == expected.keys()
@@ -46,3 +51,28 @@ def test_a_method_goes_on_behind_every_call_that_failed(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_method_does(case: str, dtype: torch.dtype, mode: str) -> None:
     require_equal_bits(case, mode, dtype)
+
+
+@pytest.mark.parametrize(
+    ("failures", "able", "expected"), [(1, True, "a"), (2, True, "ab"), (2, False, "a")]
+)
+def test_what_helps_is_tried_in_its_turn_and_the_error_leaves_where_nothing_does(
+    failures: int, able: bool, expected: str
+) -> None:
+    tried: list[str] = []
+
+    def first(error: torch.OutOfMemoryError) -> bool:
+        tried.append("a")
+        return able
+
+    def second(error: torch.OutOfMemoryError) -> bool:
+        tried.append("b")
+        return True
+
+    with Faults(lambda number: number <= failures), RetriedCalls([first, second]):
+        if able:
+            assert torch.ones(2).sum() == 2
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                torch.ones(2)
+    assert "".join(tried) == expected

@@ -110,6 +110,7 @@ def test_a_resumed_run_is_tried_as_it_will_go_on(
         "recompute": "full",
         "micro_batch": 2,
         "evaluation": 4,
+        "boundaries": "keep",
         "prepared": [],
     }
     monkeypatch.setattr("lowmem.train.checkpoint.verify", lambda folder: None)
