@@ -123,7 +123,7 @@ def _scaled_codes(elements: int, device: torch.device) -> Tensors:
         return full, factors, *_groups(weight.float().contiguous())
 
 
-def _write(full: Tensor, factors: Tensor, *stored: Tensor) -> Tensors:
+def _scaled_step(full: Tensor, factors: Tensor, *stored: Tensor) -> Tensors:
     """A step of a bfloat16 weight or one in codes, with decay before it."""
     weight: Weight = stored[0]
     if len(stored) > 1:
@@ -211,8 +211,8 @@ EXAMPLES = [
         bytes=4 * 4,
         tolerance=2e-6,
     ),
-    Example(scaled_write.WRITE, _scaled_weight, _write, bytes=2 + 2 + 2),
-    Example(scaled_write.WRITE_CODES, _scaled_codes, _write, bytes=2 + 1 + 1 + 10 / 128),
+    Example(scaled_write.WRITE, _scaled_weight, _scaled_step, bytes=2 + 2 + 2),
+    Example(scaled_write.WRITE_CODES, _scaled_codes, _scaled_step, bytes=2 + 1 + 1 + 10 / 128),
 ]
 
 
