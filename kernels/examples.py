@@ -4,17 +4,22 @@ for example in EXAMPLES:
     changed = example.run(*example.make(2**20, torch.device("cuda")))
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowmem.kernels import blockwise, groupwise
+from lowmem.kernels import blockwise, drawn_projection, groupwise, scaled_write
 from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
 from lowmem.kernels.dispatch import Kernel, forced
+from lowmem.kernels.drawn_projection import channel_norms, project_on_line
+from lowmem.kernels.grouped_weight import GroupedWeight, Weight
+from lowmem.kernels.limited_scales import SCALES, limited_scales
 from lowmem.kernels.random_normal import NORMAL, normal
 from lowmem.kernels.rounding import ROUND, round_into
+from lowmem.kernels.scaled_write import Scaled
 
 Tensors = tuple[Tensor, ...]
 
@@ -96,6 +101,54 @@ def _ungrouped(*groups: Tensor) -> Tensors:
     return (groupwise.dequantize(codes, scales, zeros, _GROUP, torch.bfloat16),)
 
 
+def _matrix(elements: int, seed: int, device: torch.device) -> Tensor:
+    """About so many elements, of two decades, as a matrix that is not square."""
+    width = max(1, min(4096, math.isqrt(4 * elements)))
+    rows = max(1, elements // width)
+    return _numbers(rows * width, seed, device).view(rows, width)
+
+
+def _projections(full: Tensor) -> Tensors:
+    return (*project_on_line(full, 5, right=True), *project_on_line(full, 5, right=False))
+
+
+def _scaled_weight(elements: int, device: torch.device) -> Tensors:
+    full, weight = (_matrix(elements, seed, device).bfloat16() for seed in (1, 2))
+    return full, full.float().norm(dim=0, keepdim=True), weight
+
+
+def _scaled_codes(elements: int, device: torch.device) -> Tensors:
+    full, factors, weight = _scaled_weight(elements, device)
+    with forced("reference"):
+        return full, factors, *_groups(weight.float().contiguous())
+
+
+def _scaled_step(full: Tensor, factors: Tensor, *stored: Tensor) -> Tensors:
+    """A step of a bfloat16 weight or one in codes, with decay before it."""
+    weight: Weight = stored[0]
+    if len(stored) > 1:
+        weight = GroupedWeight(stored[0], stored[1], stored[2], _GROUP)
+    step, seed, offset = Scaled(full, factors, 0.5), 7, 2**31 - 100
+    if not step.write(weight, alpha=-0.01, decay=0.001, decay_first=True, seed=seed, offset=offset):
+        exact = weight.float() if isinstance(weight, Tensor) else weight.values()
+        step(exact.add_(exact, alpha=-0.001), 0, len(exact), -0.01)
+        if isinstance(weight, Tensor):
+            round_into(weight, exact, seed, offset)
+        else:
+            weight.store(exact, (seed, offset))
+    return stored
+
+
+def _norms_of_channels(elements: int, device: torch.device) -> Tensors:
+    over, under, norms = (_numbers(elements, seed, device).abs() for seed in (1, 2, 3))
+    return over, under, norms, norms.norm() / 3, torch.zeros((), device=device)
+
+
+def _limited(over: Tensor, under: Tensor, norms: Tensor, last: Tensor, limited: Tensor) -> Tensors:
+    scales = limited_scales(over.clone(), under.clone(), norms.clone(), last, limited, 1.01)
+    return scales, last, limited
+
+
 _GROUP = 128
 
 EXAMPLES = [
@@ -137,6 +190,29 @@ EXAMPLES = [
         lambda like: (normal(like.numel(), 11, offset=2**32 - 200, device=like.device),),
         bytes=4,
     ),
+    Example(
+        drawn_projection.PROJECT,
+        lambda elements, device: (_matrix(elements, 1, device),),
+        _projections,
+        bytes=2 * 4,
+        tolerance=2e-6,  # sums in another order
+    ),
+    Example(
+        drawn_projection.NORMS,
+        lambda elements, device: (_matrix(elements, 1, device),),
+        lambda full: tuple(channel_norms(full, right) for right in (True, False)),
+        bytes=2 * 4,
+        tolerance=2e-6,
+    ),
+    Example(
+        SCALES,
+        _norms_of_channels,
+        _limited,
+        bytes=4 * 4,
+        tolerance=2e-6,
+    ),
+    Example(scaled_write.WRITE, _scaled_weight, _scaled_step, bytes=2 + 2 + 2),
+    Example(scaled_write.WRITE_CODES, _scaled_codes, _scaled_step, bytes=2 + 1 + 1 + 10 / 128),
 ]
 
 

@@ -15,9 +15,16 @@ def random_normal(table: Tensor, out: Tensor, low: int, high: int, pair: int) ->
         _normal[grid](table, out, out.numel(), low, high, pair, **options, enable_fp_fusion=False)
 
 
+@triton.jit
+def normals(table, at, pair, low, high, exists):
+    """The numbers of these indices, counted from an even one; pair: half of that one."""
+    bits = hashed_bits((at >> 1).to(tl.int32) + pair, low, high)
+    level = tl.where((at & 1) == 0, bits, bits >> 16) & 0xFFFF
+    return tl.load(table + level, exists, 0.0)
+
+
 @triton.jit(do_not_specialize=["low", "high", "pair"])
 def _normal(table, out, count, low, high, pair, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    bits = hashed_bits((at >> 1).to(tl.int32) + pair, low, high)
-    level = tl.where((at & 1) == 0, bits, bits >> 16) & 0xFFFF
-    tl.store(out + at, tl.load(table + level), at < count)
+    exists = at < count
+    tl.store(out + at, normals(table, at, pair, low, high, exists), exists)

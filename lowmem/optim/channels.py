@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowmem.kernels.slices import row_slices
+from lowmem.kernels.drawn_projection import channel_norms, line_norms
+from lowmem.kernels.scaled_write import Scaled
 from lowmem.optim.formats import State
 from lowmem.optim.limiters import NormGrowth
 from lowmem.optim.projectors import Projector
@@ -61,14 +62,14 @@ class ScaledResidual:
         right, released = bool(state["right"]), self.form == "released"
         scales = channel_factors(direction, low, right)
         taken_out = self.alpha if released else 1.0
-        squares = _norms(low, int(right)).square_().mul_(taken_out * (taken_out - 2))
+        squares = line_norms(low, int(right)).square_().mul_(taken_out * (taken_out - 2))
         # Rounding can make a channel that lies in the subspace slightly negative.
         squares.add_(channel_norms(kept, right).square_()).clamp_(min=0.0)
         norm = torch.linalg.vector_norm(squares.sqrt_().mul_(scales))
         scales.mul_(self.limiter.shrink(norm, state))
         direction.addcmul_(low, scales, value=-1.0).mul_(self.alpha * factor)
         inside = projector.up(direction, state)
-        rest = _scaled(kept, scales, factor * (1.0 if released else self.alpha))
+        rest = Scaled(kept, scales, factor * (1.0 if released else self.alpha))
 
         def step(rows: Tensor, start: int, stop: int, alpha: float) -> None:
             inside(rows, start, stop, alpha)
@@ -110,16 +111,23 @@ class ChannelScaling:
         projector: Projector,
         state: State,
     ) -> Step:
-        right = bool(state["right"])
-        if self.per == "channel":
-            scales = channel_factors(direction, low, right)
-            norm = torch.linalg.vector_norm(channel_norms(kept, right).mul_(scales))
-        else:
-            # Both as one long channel.
-            scales = channel_factors(direction.reshape(1, -1), low.reshape(1, -1), right=True)
-            norm = torch.linalg.vector_norm(channel_norms(kept, right=True)) * scales.view(())
-        scales.mul_(self.limiter.shrink(norm, state))
-        return _scaled(kept, scales, self.alpha * factor)
+        right = bool(state["right"]) or self.per == "tensor"  # rows of any are quicker to read
+        return self.with_norms(kept, low, channel_norms(kept, right), direction, factor, state)
+
+    def with_norms(
+        self,
+        kept: Tensor,
+        low: Tensor,
+        norms: Tensor,
+        direction: Tensor,
+        factor: float,
+        state: State,
+    ) -> Step:
+        axis = int(bool(state["right"]))
+        if self.per == "tensor":  # both as one long channel
+            direction, low, axis = direction.reshape(1, -1), low.reshape(1, -1), 1
+        over, under = (line_norms(each, axis) for each in (direction, low))
+        return Scaled(kept, self.limiter.limited(over, under, norms, state), self.alpha * factor)
 
 
 def channel_factors(direction: Tensor, low: Tensor, right: bool) -> Tensor:
@@ -130,37 +138,5 @@ def channel_factors(direction: Tensor, low: Tensor, right: bool) -> Tensor:
     Source: Fira, arXiv:2410.01623 (norm-based scaling); APOLLO, arXiv:2412.05270.
     """
     # The rank axis is known from the side; comparing the lengths fails where r is not the smaller.
-    over, under = (_norms(each, int(right)) for each in (direction, low))
+    over, under = (line_norms(each, int(right)) for each in (direction, low))
     return over.div_(under.add_(1e-8))
-
-
-def channel_norms(full: Tensor, right: bool) -> Tensor:
-    """Norms of the rows (right) or columns of (m, n), float32, of size 1 along the other axis.
-
-    One pass; no temporary is larger than one group of rows.
-    """
-    if right and full.dtype == torch.float32:
-        return _norms(full, 1)
-    if right:
-        norms = torch.empty(full.shape[0], 1, device=full.device)
-        for start, stop in row_slices(full):
-            norms[start:stop] = _norms(full[start:stop], 1)
-        return norms
-    squares = torch.zeros(1, full.shape[1], device=full.device)
-    for start, stop in row_slices(full):
-        squares += full[start:stop].float().square().sum(dim=0)
-    return squares.sqrt_()
-
-
-def _norms(values: Tensor, axis: int) -> Tensor:
-    return torch.linalg.vector_norm(values, dim=axis, keepdim=True, dtype=torch.float32)
-
-
-def _scaled(full: Tensor, scales: Tensor, factor: float) -> Step:
-    """A step of factor * full * scales; scales: (m or 1, n or 1)."""
-    scales = scales.expand(full.shape[0], -1)
-
-    def step(rows: Tensor, start: int, stop: int, alpha: float) -> None:
-        rows.addcmul_(full[start:stop], scales[start:stop], value=alpha * factor)
-
-    return step

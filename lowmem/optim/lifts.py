@@ -5,7 +5,7 @@ A lift that looks at that part needs the whole gradient: `channels.py` (Fira, AP
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -35,6 +35,23 @@ class Lift(Protocol):
         kept: the gradient or its projection; low: its projection; direction: float32, of low's
         shape, to be multiplied by factor.
         """
+
+
+@runtime_checkable
+class Normed(Protocol):
+    """What else a lift has that needs the gradient's channel norms: they may come from the pass
+    that projects it."""
+
+    def with_norms(
+        self,
+        kept: Tensor,
+        low: Tensor,
+        norms: Tensor,
+        direction: Tensor,
+        factor: float,
+        state: State,
+    ) -> Step:
+        """The full-size step. norms: `channel_norms` of kept."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowmem.kernels.limited_scales import limited_scales, shrinking
 from lowmem.optim.formats import State, tensor
 
 
@@ -31,9 +32,11 @@ class NormGrowth:
 
     def shrink(self, norm: Tensor, state: State) -> Tensor:
         """What to multiply a step of that norm by, 0-dim; notes the norm that results."""
-        last = tensor(state, "limiter_norm")
-        excess = (norm / (last + 1e-8).mul_(self.gamma)).clamp_(min=1.0)
-        limited = norm / excess
-        torch.where(limited > 0, limited, last, out=last)  # infinity / infinity is not > 0
-        tensor(state, "log.limited").copy_(excess > 1)
-        return excess.reciprocal_()
+        return shrinking(norm, *self._noted(state), self.gamma)
+
+    def limited(self, over: Tensor, under: Tensor, norms: Tensor, state: State) -> Tensor:
+        """Scales over / under of channels with those norms, shrunk; see `limited_scales`."""
+        return limited_scales(over, under, norms, *self._noted(state), self.gamma)
+
+    def _noted(self, state: State) -> tuple[Tensor, Tensor]:
+        return tensor(state, "limiter_norm"), tensor(state, "log.limited")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.formats import State, number
-from lowmem.optim.lifts import Lift
+from lowmem.optim.lifts import Lift, Normed
 from lowmem.optim.place import Place
-from lowmem.optim.projectors import Projector
+from lowmem.optim.projectors import Norming, Projector
 from lowmem.optim.refresh import Refresh
 from lowmem.optim.rules import Direction, Rule, SubspaceRule, SurveyingRule, whole
 from lowmem.optim.weights import Step
@@ -242,6 +242,12 @@ class Projected:
 
     def update(self, kept: Tensor, state: State) -> Step | None:
         state["step"] = number(state, "step") + 1
+        if isinstance(self.projector, Norming) and isinstance(self.lift, Normed):
+            found = self.projector.down_with_norms(kept, state)
+            if found is not None:
+                low, norms = found
+                direction, factor = whole(self.rule, low, state)
+                return self.lift.with_norms(kept, low, norms, direction, factor, state)
         low = self.projector.down(kept, state) if self.lift.needs_gradient else kept
         direction, factor = whole(self.rule, low, state)
         return self.lift(kept, low, direction, factor, self.projector, state)

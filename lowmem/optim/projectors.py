@@ -10,7 +10,7 @@ those that choose lines or entries in `coordinates.py`.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +41,14 @@ class Projector(Protocol):
 
     def up(self, low: Tensor, state: State) -> Step:
         """A step that adds the rows of `low` mapped back to full size."""
+
+
+@runtime_checkable
+class Norming(Protocol):
+    """What else a projector has that can note the norms of channels as it reads the gradient."""
+
+    def down_with_norms(self, full: Tensor, state: State) -> tuple[Tensor, Tensor] | None:
+        """(`down`, `channel_norms` across the basis' side); None where that takes two passes."""
 
 
 def projects_right(side: Side, shape: torch.Size) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.kernels.random_normal import normal
+from lowmem.kernels.drawn_projection import drawn_basis, in_one_pass, project_on_line
 from lowmem.naming import seed_of
 from lowmem.optim.formats import State, number
 from lowmem.optim.place import Place
@@ -38,12 +38,19 @@ class RandomNormal:
 
     def basis(self, state: State, device: torch.device | str = "cpu") -> Tensor:
         """(s, r) float32, not orthonormal."""
-        side, rank = number(state, "side"), number(state, "rank")
-        seed = seed_of(number(state, "seed"), "projection", number(state, "draw"))
-        return normal(side * rank, seed, device=device).mul_(rank**-0.5).view(side, rank)
+        return drawn_basis(number(state, "side"), number(state, "rank"), _seed(state), device)
 
     def down(self, full: Tensor, state: State) -> Tensor:
         return project(full, self.basis(state, full.device).to(full.dtype), bool(state["right"]))
 
+    def down_with_norms(self, full: Tensor, state: State) -> tuple[Tensor, Tensor] | None:
+        if number(state, "rank") != 1 or not in_one_pass(full):
+            return None
+        return project_on_line(full, _seed(state), bool(state["right"]))
+
     def up(self, low: Tensor, state: State) -> Step:
         return lift_back(low, self.basis(state, low.device), bool(state["right"]))
+
+
+def _seed(state: State) -> int:
+    return seed_of(number(state, "seed"), "projection", number(state, "draw"))
