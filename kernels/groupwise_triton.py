@@ -15,7 +15,7 @@ def group_quantize(
     stochastic: bool, low: int, high: int, offset: int, span_zero: bool,
 ) -> None:  # fmt: skip
     if x.numel():
-        grid, shape = _cut(x.numel(), group)
+        grid, shape = cut(x.numel(), group)
         _quantize[grid](
             x, codes, scales, zeros, x.numel(), low, high, offset, group, top, stochastic,
             span_zero, *shape, enable_fp_fusion=False,
@@ -24,13 +24,13 @@ def group_quantize(
 
 def group_dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, out: Tensor, group: int) -> None:
     if codes.numel():
-        grid, shape = _cut(codes.numel(), group)
+        grid, shape = cut(codes.numel(), group)
         _dequantize[grid](
             codes, scales, zeros, out, codes.numel(), group, *shape, enable_fp_fusion=False
         )
 
 
-def _cut(elements: int, group: int) -> tuple[tuple[int], tuple[int, int]]:
+def cut(elements: int, group: int) -> tuple[tuple[int], tuple[int, int]]:
     """(grid, (groups of a program, the power of two that holds a group))."""
     width = triton.next_power_of_2(group)
     groups = max(1, _ELEMENTS // width)
@@ -38,7 +38,7 @@ def _cut(elements: int, group: int) -> tuple[tuple[int], tuple[int, int]]:
 
 
 @triton.jit
-def _places(count, group: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+def places(count, group: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
     """(groups, elements of each, which of those exist) of this program."""
     groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     column = tl.arange(0, WIDTH)[None, :]
@@ -52,13 +52,13 @@ def _nearest(x):
     return (x + 12582912.0) - 12582912.0
 
 
-@triton.jit(do_not_specialize=["low", "high", "offset"])
-def _quantize(
-    x, codes, scales, zeros, count, low, high, offset, group: tl.constexpr, top: tl.constexpr,
-    stochastic: tl.constexpr, span_zero: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit
+def encode(
+    value, exists, index, low, high, top: tl.constexpr, stochastic: tl.constexpr,
+    span_zero: tl.constexpr,
 ):  # fmt: skip
-    groups, at, exists = _places(count, group, GROUPS, WIDTH)
-    value = tl.load(x + at, exists, 0.0)
+    """(codes, scales, zero points), float32, of groups: the lines of `value`. index: of the noise
+    (int32)."""
     least = tl.min(tl.where(exists, value, float("inf")), axis=1)
     most = tl.max(tl.where(exists, value, float("-inf")), axis=1)
     if span_zero:
@@ -72,12 +72,24 @@ def _quantize(
     ratio = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
     ratio = tl.minimum(tl.maximum(ratio, -top - 1.0), top + 1.0)
     if stochastic:
-        noise = (hashed_bits(at.to(tl.int32) + offset, low, high) & 0xFFFFFF).to(tl.float32)
+        noise = (hashed_bits(index, low, high) & 0xFFFFFF).to(tl.float32)
         below = tl.floor(ratio)
         ratio = below + (noise * 5.9604644775390625e-08 < ratio - below).to(tl.float32)
     else:
         ratio = _nearest(ratio)
-    code = tl.minimum(tl.maximum(ratio + zero[:, None], 0.0), top * 1.0)
+    return tl.minimum(tl.maximum(ratio + zero[:, None], 0.0), top * 1.0), scale, zero
+
+
+@triton.jit(do_not_specialize=["low", "high", "offset"])
+def _quantize(
+    x, codes, scales, zeros, count, low, high, offset, group: tl.constexpr, top: tl.constexpr,
+    stochastic: tl.constexpr, span_zero: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    groups, at, exists = places(count, group, GROUPS, WIDTH)
+    index = at.to(tl.int32) + offset
+    code, scale, zero = encode(
+        tl.load(x + at, exists, 0.0), exists, index, low, high, top, stochastic, span_zero
+    )
     tl.store(codes + at, code.to(tl.uint8), exists)
     there = groups * group < count
     tl.store(scales + groups, scale, there)
@@ -85,14 +97,19 @@ def _quantize(
 
 
 @triton.jit
+def decode(codes, scales, zeros, groups, at, exists, there):
+    """float32 values of groups, a line each."""
+    scale = tl.load(scales + groups, there, 0.0)
+    zero = tl.load(zeros + groups, there, 0).to(tl.float32)
+    code = tl.load(codes + at, exists, 0).to(tl.float32)
+    return (code - zero[:, None]) * scale[:, None]
+
+
+@triton.jit
 def _dequantize(
     codes, scales, zeros, out, count, group: tl.constexpr, GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    groups, at, exists = _places(count, group, GROUPS, WIDTH)
-    there = groups * group < count
-    scale = tl.load(scales + groups, there, 0.0)
-    zero = tl.load(zeros + groups, there, 0).to(tl.float32)
-    code = tl.load(codes + at, exists, 0).to(tl.float32)
-    value = (code - zero[:, None]) * scale[:, None]
+    groups, at, exists = places(count, group, GROUPS, WIDTH)
+    value = decode(codes, scales, zeros, groups, at, exists, groups * group < count)
     tl.store(out + at, nearest(value, out.dtype.element_ty), exists)

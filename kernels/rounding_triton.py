@@ -15,6 +15,19 @@ def round_bf16(x: Tensor, out: Tensor, low: int, high: int, offset: int) -> None
         _round[grid](x, bits, x.numel(), low, high, offset, **options, enable_fp_fusion=False)
 
 
+def bits_of(values: Tensor) -> Tensor:
+    """bfloat16 as int16 in the same memory, for `widened`; float32 as it is."""
+    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+
+
+@triton.jit
+def widened(x):
+    """What was loaded from `bits_of`, as float32. Triton's interpreter cuts subnormals off."""
+    if x.dtype == tl.int16:
+        x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x
+
+
 @triton.jit
 def hashed_bits(index, low, high):
     """The 32 bits of an index (int32) that `rounding.hashed_bits` gives; low, high: of the seed."""
@@ -36,11 +49,18 @@ def nearest(x, dtype: tl.constexpr):
     return tl.where(finite, rounded, kept).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
+@triton.jit
+def stochastic(x, noise):
+    """float32 -> the bits of bfloat16, rounded with 16 random bits, which NaN and infinity do not
+    take."""
+    bits = x.to(tl.int32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return ((bits + tl.where(finite, noise & 0xFFFF, 0)) >> 16).to(tl.int16)
+
+
 @triton.jit(do_not_specialize=["low", "high", "offset"])
 def _round(x, out, count, low, high, offset, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     value = tl.load(x + at, at < count, 0.0)
-    bits = value.to(tl.int32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    noise = tl.where(finite, hashed_bits(at.to(tl.int32) + offset, low, high) & 0xFFFF, 0)
-    tl.store(out + at, ((bits + noise) >> 16).to(tl.int16), at < count)
+    noise = hashed_bits(at.to(tl.int32) + offset, low, high)
+    tl.store(out + at, stochastic(value, noise), at < count)

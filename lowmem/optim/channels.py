@@ -8,13 +8,14 @@ A channel is a line across the rank axis of the projection: a row of the gradien
 is on the right, a column where it is on the left.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lowmem.kernels.slices import row_slices
+from lowmem.kernels.unproject_write import Product, Rest
 from lowmem.optim.formats import State
 from lowmem.optim.limiters import NormGrowth
 from lowmem.optim.projectors import Projector
@@ -68,13 +69,8 @@ class ScaledResidual:
         scales.mul_(self.limiter.shrink(norm, state))
         direction.addcmul_(low, scales, value=-1.0).mul_(self.alpha * factor)
         inside = projector.up(direction, state)
-        rest = _scaled(kept, scales, factor * (1.0 if released else self.alpha))
-
-        def step(rows: Tensor, start: int, stop: int, alpha: float) -> None:
-            inside(rows, start, stop, alpha)
-            rest(rows, start, stop, alpha)
-
-        return step
+        assert isinstance(inside, Product)
+        return replace(inside, rest=Rest(kept, scales, factor * (1.0 if released else self.alpha)))
 
 
 @dataclass(frozen=True)

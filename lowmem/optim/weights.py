@@ -9,6 +9,7 @@ The arithmetic is float32 in all of them.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,25 @@ Step = Callable[[Tensor, int, int, float], None]
 """step(rows, start, stop, alpha): add alpha * direction[start:stop] to these float32 rows of the
 weight. Called once for every group of rows, from the first to the last; start * row length is a
 multiple of 256. The whole direction need never be in memory."""
+
+
+@runtime_checkable
+class WritesItself(Protocol):
+    """What else a Step may have: a kernel that does all of `write` for some weights."""
+
+    def write(
+        self,
+        weight: Weight,
+        *,
+        alpha: float,
+        decay: float,
+        decay_first: bool,
+        seed: int,
+        offset: int,
+    ) -> bool:
+        """weight <- weight + alpha * direction, less `decay` of itself, with the noise of (seed,
+        offset + element). False, and nothing is done, where no kernel does that: its rows are
+        asked for."""
 
 
 def rows_of(weight: Weight, start: int, stop: int) -> Weight:
@@ -89,6 +109,12 @@ def write(
     decay = lr * weight_decay
     if isinstance(step, DependentStep):
         step.look(row_groups(weight))
+    if isinstance(step, WritesItself):
+        offset = first_row * (weight.numel() // max(1, weight.shape[0]))
+        if step.write(
+            weight, alpha=-lr, decay=decay, decay_first=decay_first, seed=seed, offset=offset
+        ):
+            return
 
     def moved(exact: Tensor, start: int, stop: int) -> Tensor:
         # Not times 1 - decay: in float32 that rounds away the digits of a small decay.
