@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.kernels import blockwise, drawn_projection, groupwise, scaled_write
+from lowmem.kernels import blockwise, drawn_projection, groupwise, scaled_write, unproject_write
 from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
 from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.drawn_projection import channel_norms, project_on_line
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.limited_scales import SCALES, limited_scales
 from lowmem.kernels.random_normal import NORMAL, normal
-from lowmem.kernels.rounding import ROUND, round_into
+from lowmem.kernels.rounding import ROUND, hashed_bits, round_into
 from lowmem.kernels.scaled_write import Scaled
+from lowmem.kernels.unproject_write import Product
 
 Tensors = tuple[Tensor, ...]
 
@@ -150,6 +151,59 @@ def _limited(over: Tensor, under: Tensor, norms: Tensor, last: Tensor, limited: 
 
 
 _GROUP = 128
+_RANK, _WIDEST = 64, 4096
+
+
+def _product(rows: int, columns: int, device: torch.device) -> Tensors:
+    """Factors of -1, 0 and 1: in whatever order their products are added, the sum is exact."""
+    drawn = hashed_bits((rows + columns) * _RANK, 5, 0, device).remainder(3).sub(1).bfloat16()
+    first, second = drawn[: rows * _RANK], drawn[rows * _RANK :]
+    return first.view(rows, _RANK), second.view(_RANK, columns)
+
+
+def _unprojected(elements: int, device: torch.device) -> Tensors:
+    columns = min(elements, _WIDEST)
+    rows = elements // columns
+    weight, rest = (
+        _numbers(rows * columns, seed, device).view(rows, columns).bfloat16() for seed in (1, 2)
+    )
+    factors = hashed_bits(columns, 3, 0, device).remainder(4).neg().float().exp2()
+    return (weight, *_product(rows, columns, device), rest, factors.view(1, columns))
+
+
+def _written(weight: Tensor, first: Tensor, second: Tensor, *rest: Tensor) -> Tensors:
+    full, factors = rest
+    _write(weight, Product(first, second, Scaled(full, factors, 0.5)))
+    return (weight,)
+
+
+def _unprojected_codes(elements: int, device: torch.device) -> Tensors:
+    columns = min(-(-elements // _GROUP) * _GROUP, _WIDEST)
+    rows = -(-elements // columns)
+    with forced("reference"):
+        groups = _groups(_numbers(rows * columns, 1, device).view(rows, columns))
+    return (*groups, *_product(rows, columns, device))
+
+
+def _written_codes(
+    codes: Tensor, scales: Tensor, zeros: Tensor, first: Tensor, second: Tensor
+) -> Tensors:
+    _write(GroupedWeight(codes, scales, zeros, _GROUP), Product(first, second))
+    return codes, scales, zeros
+
+
+def _write(weight: Weight, step: Product) -> None:
+    """By the kernel where it runs, else all rows at once; offset: where the index wraps."""
+    alpha, decay, seed, offset = -0.125, 2.0**-10, 7, 2**31 - 100
+    if step.write(weight, alpha=alpha, decay=decay, decay_first=True, seed=seed, offset=offset):
+        return
+    exact = weight.float() if isinstance(weight, Tensor) else weight.values()
+    step(exact.add_(exact, alpha=-decay), 0, len(exact), alpha)
+    if isinstance(weight, Tensor):
+        round_into(weight, exact, seed, offset)
+    else:
+        weight.store(exact, (seed, offset))
+
 
 EXAMPLES = [
     Example(
@@ -184,6 +238,13 @@ EXAMPLES = [
         bytes=5 + 5 / 128,
     ),
     Example(groupwise.DEQUANTIZE, _grouped, _ungrouped, bytes=3 + 5 / 128),
+    Example(
+        unproject_write.WRITE,
+        _unprojected,
+        _written,
+        bytes=6,
+    ),
+    Example(unproject_write.WRITE_CODES, _unprojected_codes, _written_codes, bytes=2 + 10 / 128),
     Example(
         NORMAL,
         lambda elements, device: (torch.empty(elements, device=device),),

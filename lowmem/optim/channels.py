@@ -8,7 +8,7 @@ A channel is a line across the rank axis of the projection: a row of the gradien
 is on the right, a column where it is on the left.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowmem.kernels.drawn_projection import channel_norms, line_norms
 from lowmem.kernels.scaled_write import Scaled
+from lowmem.kernels.unproject_write import Product
 from lowmem.optim.formats import State
 from lowmem.optim.limiters import NormGrowth
 from lowmem.optim.projectors import Projector
@@ -69,13 +70,10 @@ class ScaledResidual:
         scales.mul_(self.limiter.shrink(norm, state))
         direction.addcmul_(low, scales, value=-1.0).mul_(self.alpha * factor)
         inside = projector.up(direction, state)
-        rest = Scaled(kept, scales, factor * (1.0 if released else self.alpha))
-
-        def step(rows: Tensor, start: int, stop: int, alpha: float) -> None:
-            inside(rows, start, stop, alpha)
-            rest(rows, start, stop, alpha)
-
-        return step
+        assert isinstance(inside, Product)
+        return replace(
+            inside, rest=Scaled(kept, scales, factor * (1.0 if released else self.alpha))
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem.kernels.groupwise import dequantize, group_count, pack, quantize, unpack
 from lowmem.kernels.slices import row_slices
+from lowmem.kernels.unproject_write import Product
 from lowmem.naming import seed_of
 from lowmem.optim.bases import Solver, leading_basis
 from lowmem.optim.formats import State, number, tensor
@@ -72,18 +73,10 @@ def project(full: Tensor, basis: Tensor, right: bool) -> Tensor:
     return full @ basis if right else basis.T @ full
 
 
-def lift_back(low: Tensor, basis: Tensor, right: bool) -> Step:
+def lift_back(low: Tensor, basis: Tensor, right: bool) -> Product:
     """A step of R q' (right) or q R."""
     low = low.to(basis.dtype)
-
-    def step(rows: Tensor, start: int, stop: int, alpha: float) -> None:
-        first, second = (low[start:stop], basis.T) if right else (basis[start:stop], low)
-        if rows.dtype == basis.dtype:
-            rows.addmm_(first, second, alpha=alpha)
-        else:
-            rows.add_(first @ second, alpha=alpha)
-
-    return step
+    return Product(low, basis.T) if right else Product(basis, low)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Compile every Triton kernel for cards that are not there, as the examples launch them.
+"""Compile every Triton kernel for cards that are not there, as the examples launch them, and
+those that multiply for other formats too.
 
     python tests/kernels/compile_for_cards.py 80 90        # compute 8.0 and 9.0
 
-Prints a line of JSON for every kernel: its registers, what it spills, and the bytes of its code.
+Prints a line of JSON for every kernel: its registers and shared memory, what it spills, and the
+bytes of its code.
 Triton must not be interpreted.
 """
 
@@ -22,8 +24,19 @@ from triton.runtime.jit import JITFunction
 
 from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.examples import EXAMPLES
+from lowmem.kernels.grouped_weight import GroupedWeight
+from lowmem.kernels.scaled_write import Scaled
+from lowmem.kernels.unproject_write import Product
 
 ELEMENTS = 4099
+# Weight, factors, lines that scale a rest: GaLore's, Q-GaLore's and Fira's other writes.
+PRODUCTS: list[tuple[str, torch.dtype, str]] = [
+    ("bf16", torch.bfloat16, ""),
+    ("bf16", torch.float32, "rows"),
+    ("fp32", torch.float32, "rows"),
+    ("int8", torch.bfloat16, "columns"),
+    ("int8", torch.float32, "rows"),
+]
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -66,6 +79,7 @@ def compiled(capability: int) -> list[dict[str, Any]]:
             made = kernel.warmup(*arguments, grid=grid, **options)
             cubin = made.asm["cubin"]
             facts = {"operator": running[-1], "capability": capability, "bytes": len(cubin)}
+            facts |= {"warps": made.metadata.num_warps, "shared": made.metadata.shared}
             rows.append(facts | usage(cubin))
 
         return compile_only
@@ -84,8 +98,23 @@ def compiled(capability: int) -> list[dict[str, Any]]:
                 arguments = example.make(ELEMENTS, torch.device("cpu"))
             with forced("triton"):
                 example.run(*arguments)
+        for form, factors, lines in PRODUCTS:
+            write_product(form, factors, lines)
     assert {row["operator"] for row in rows} >= {each.kernel.name for each in EXAMPLES}
     return rows
+
+
+def write_product(form: str, factors: torch.dtype, lines: str) -> None:
+    """A step of that kind, whose second factor lies the other way than in the examples."""
+    values = torch.ones(256, 256, dtype=torch.float32 if form == "fp32" else torch.bfloat16)
+    scales = torch.ones((256, 1) if lines == "rows" else (1, 256))
+    with forced("reference"):
+        weight = GroupedWeight.of(values, 128) if form == "int8" else values
+    factor = torch.ones(256, 64, dtype=factors)
+    step = Product(factor, factor.T, Scaled(values, scales, 0.5) if lines else None)
+    with forced("triton"):
+        done = step.write(weight, alpha=0.1, decay=0.1, decay_first=False, seed=1, offset=0)
+    assert done
 
 
 def main() -> None:

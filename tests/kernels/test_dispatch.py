@@ -80,6 +80,7 @@ def test_a_strided_tensor_is_refused(example: Example, triton_kernels: torch.dev
                 example.kernel(*arguments[:place], strided, *arguments[place + 1 :])
 
 
+MULTIPLIES = {"unproject_write", "unproject_write_codes"}
 CARDS = [
     "80",
     pytest.param("86", marks=pytest.mark.slow),
@@ -106,7 +107,11 @@ def test_every_kernel_compiles_for_a_card_and_spills_nothing(
     assert {row["operator"] for row in rows} == set(NAMES)
     for row in rows:
         assert row["stack"] == row["local"] == 0, row
-        assert 0 < row["registers"] <= 128, row  # four warps of a program on every card
+        # Four programs of four warps on every card; one that multiplies keeps a tile of sums.
+        assert 0 < row["registers"] * row["warps"] * 32 <= 2**16, row
+        assert row["registers"] <= 128 or row["operator"] in MULTIPLIES, row
+        most_shared = {80: 163, 86: 99, 90: 227}[row["capability"]]  # KiB that a program may have
+        assert row["shared"] <= most_shared * 1024, row
 
 
 def test_a_device_has_the_kernels_that_are_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
