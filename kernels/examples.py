@@ -4,15 +4,18 @@ for example in EXAMPLES:
     changed = example.run(*example.make(2**20, torch.device("cuda")))
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowmem.kernels import blockwise, groupwise
+from lowmem.kernels import blockwise, groupwise, int8_linear
 from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
 from lowmem.kernels.dispatch import Kernel, forced
+from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.kernels.random_normal import NORMAL, normal
 from lowmem.kernels.rounding import ROUND, round_into
 
@@ -96,7 +99,33 @@ def _ungrouped(*groups: Tensor) -> Tensors:
     return (groupwise.dequantize(codes, scales, zeros, _GROUP, torch.bfloat16),)
 
 
+def _product(elements: int, device: torch.device, *, turned: bool) -> Tensors:
+    """Codes of a weight about square, bfloat16 to multiply it by, and something to add."""
+    width = math.isqrt(elements)
+    width = max(width // _GROUP * _GROUP, min(width, _GROUP))  # where it can, of whole groups
+    rows = elements // width
+    inner, outer = (width, rows) if turned else (rows, width)
+    x, added = (
+        _numbers(_TOKENS * size, seed, device).bfloat16().view(_TOKENS, size)
+        for size, seed in ((inner, 2), (outer, 3))
+    )
+    codes, scales, zeros = _grouped(rows * width, device)
+    return x, codes.view(rows, width), scales, zeros, added
+
+
+def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, added: Tensor) -> Tensors:
+    return (int8_linear.linear(x, GroupedWeight(codes, scales, zeros, _GROUP), added),)
+
+
+def _input_gradient(
+    grad: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, added: Tensor
+) -> Tensors:
+    weight = GroupedWeight(codes, scales, zeros, _GROUP)
+    return (int8_linear.input_gradient(grad, weight, added.clone()),)
+
+
 _GROUP = 128
+_TOKENS = 64  # of which a card reads a weight at the speed of its memory
 
 EXAMPLES = [
     Example(
@@ -131,6 +160,19 @@ EXAMPLES = [
         bytes=5 + 5 / 128,
     ),
     Example(groupwise.DEQUANTIZE, _grouped, _ungrouped, bytes=3 + 5 / 128),
+    *(
+        Example(
+            kernel,
+            partial(_product, turned=kernel is int8_linear.LINEAR),
+            run,
+            bytes=1 + 5 / 128,
+            tolerance=2**-8,  # sums in float32 in another order may round the other way
+        )
+        for kernel, run in (
+            (int8_linear.LINEAR, _linear),
+            (int8_linear.INPUT_GRADIENT, _input_gradient),
+        )
+    ),
     Example(
         NORMAL,
         lambda elements, device: (torch.empty(elements, device=device),),
@@ -143,9 +185,9 @@ EXAMPLES = [
 def difference(example: Example, found: Tensors, wanted: Tensors) -> str:
     """What differs from the reference by more than it may, for people; "" where nothing does."""
     for place, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        if ours.dtype == torch.float32 and example.tolerance:
+        if ours.is_floating_point() and example.tolerance:
             least = example.tolerance * theirs.abs().amax() if theirs.numel() else 0.0
-            wrong = (ours - theirs).abs().le(least).logical_not_()
+            wrong = (ours.float() - theirs.float()).abs().le(least).logical_not_()
         else:
             wrong = ours.ne(theirs)
         count = int(wrong.sum())

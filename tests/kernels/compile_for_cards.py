@@ -2,7 +2,8 @@
 
     python tests/kernels/compile_for_cards.py 80 90        # compute 8.0 and 9.0
 
-Prints a line of JSON for every kernel: its registers, what it spills, and the bytes of its code.
+Prints a line of JSON for every kernel: its registers, what it spills, the bytes of its code and of
+shared memory.
 Triton must not be interpreted.
 """
 
@@ -24,6 +25,8 @@ from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.examples import EXAMPLES
 
 ELEMENTS = 4099
+# Of products, with rows of an odd width, and of whole groups.
+PRODUCTS = {"int8_linear": (5041, 2**14), "int8_input_gradient": (5041, 2**14)}
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -66,6 +69,7 @@ def compiled(capability: int) -> list[dict[str, Any]]:
             made = kernel.warmup(*arguments, grid=grid, **options)
             cubin = made.asm["cubin"]
             facts = {"operator": running[-1], "capability": capability, "bytes": len(cubin)}
+            facts["shared"] = made.metadata.shared
             rows.append(facts | usage(cubin))
 
         return compile_only
@@ -80,10 +84,11 @@ def compiled(capability: int) -> list[dict[str, Any]]:
         mock.patch.object(Kernel, "__call__", call),
     ):
         for example in EXAMPLES:
-            with forced("reference"):
-                arguments = example.make(ELEMENTS, torch.device("cpu"))
-            with forced("triton"):
-                example.run(*arguments)
+            for elements in PRODUCTS.get(example.kernel.name, (ELEMENTS,)):
+                with forced("reference"):
+                    arguments = example.make(elements, torch.device("cpu"))
+                with forced("triton"):
+                    example.run(*arguments)
     assert {row["operator"] for row in rows} >= {each.kernel.name for each in EXAMPLES}
     return rows
 

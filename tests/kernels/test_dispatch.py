@@ -19,6 +19,7 @@ from tests.kernels.calls import Calls
 
 NAMES = [example.kernel.name for example in EXAMPLES]
 NATIVE = [example for example in EXAMPLES if example.kernel.native]
+PRODUCTS = {"int8_linear", "int8_input_gradient"}
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
@@ -106,7 +107,9 @@ def test_every_kernel_compiles_for_a_card_and_spills_nothing(
     assert {row["operator"] for row in rows} == set(NAMES)
     for row in rows:
         assert row["stack"] == row["local"] == 0, row
-        assert 0 < row["registers"] <= 128, row  # four warps of a program on every card
+        most = 255 if row["operator"] in PRODUCTS else 128  # two or four programs at a time
+        assert 0 < row["registers"] <= most, row
+        assert row["shared"] <= 99 * 1024, row  # of compute 8.6, which has the least
 
 
 def test_a_device_has_the_kernels_that_are_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
