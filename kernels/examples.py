@@ -16,6 +16,7 @@ from lowmem.kernels import blockwise, groupwise, int8_linear
 from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
 from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.grouped_weight import GroupedWeight
+from lowmem.kernels.newton_schulz import SYMMETRIC, symmetric_product
 from lowmem.kernels.random_normal import NORMAL, normal
 from lowmem.kernels.rounding import ROUND, round_into
 
@@ -124,6 +125,23 @@ def _input_gradient(
     return (int8_linear.input_gradient(grad, weight, added.clone()),)
 
 
+def _wide(elements: int, device: torch.device) -> Tensors:
+    """A bfloat16 matrix about twice as wide as high, and a symmetric one; a sixteenth of the
+    elements, for every one of them is multiplied by a whole row."""
+    side = max(1, math.isqrt(elements // 32))
+    width = max(1, elements // (16 * side))
+    x = _numbers(side * width, 1, device).bfloat16().view(side, width)
+    added = _numbers(side * side, 2, device).bfloat16().view(side, side)
+    return x, added + added.T
+
+
+def _symmetric(x: Tensor, added: Tensor) -> Tensors:
+    return (
+        symmetric_product(x, added, alpha=0.5, beta=-2.0),
+        symmetric_product(x, turned=True),
+    )
+
+
 _GROUP = 128
 _TOKENS = 64  # of which a card reads a weight at the speed of its memory
 
@@ -172,6 +190,13 @@ EXAMPLES = [
             (int8_linear.LINEAR, _linear),
             (int8_linear.INPUT_GRADIENT, _input_gradient),
         )
+    ),
+    Example(
+        SYMMETRIC,
+        _wide,
+        _symmetric,
+        bytes=(2 * (1 + 0.5 + 0.5) + 2 * (1 + 2)) / 16,  # but products take longer
+        tolerance=2**-8,  # as above
     ),
     Example(
         NORMAL,

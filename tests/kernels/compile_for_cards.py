@@ -26,7 +26,11 @@ from lowmem.kernels.examples import EXAMPLES
 
 ELEMENTS = 4099
 # Of products, with rows of an odd width, and of whole groups.
-PRODUCTS = {"int8_linear": (5041, 2**14), "int8_input_gradient": (5041, 2**14)}
+PRODUCTS = {
+    "int8_linear": (5041, 2**14),
+    "int8_input_gradient": (5041, 2**14),
+    "symmetric_product": (5000, 2**15),
+}
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 

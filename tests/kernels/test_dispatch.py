@@ -19,7 +19,7 @@ from tests.kernels.calls import Calls
 
 NAMES = [example.kernel.name for example in EXAMPLES]
 NATIVE = [example for example in EXAMPLES if example.kernel.native]
-PRODUCTS = {"int8_linear", "int8_input_gradient"}
+PRODUCTS = {"int8_linear", "int8_input_gradient", "symmetric_product"}
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
