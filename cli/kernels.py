@@ -65,6 +65,7 @@ def bench_kernels(given: Given, *, as_json: bool) -> None:
     """Times, and the share of a copy's bandwidth that each kernel reaches."""
     import torch
 
+    from lowmem.cli.bench_products import product_times, show_products
     from lowmem.kernels.examples import EXAMPLES
     from lowmem.kernels.measure import copy_bandwidth
 
@@ -72,14 +73,20 @@ def bench_kernels(given: Given, *, as_json: bool) -> None:
     bandwidth = copy_bandwidth(device)
     elements = _BENCH_ELEMENTS[device.type]
     rows = [_compared(example, device, elements, check=False) for example in EXAMPLES]
+    products = list(product_times(device))
     if as_json:
         facts = {"device": str(device), "threads": torch.get_num_threads(), "copy": bandwidth}
-        console.json({"schema_version": 1, **facts, "kernels": [asdict(row) for row in rows]})
+        tables = {
+            "kernels": [asdict(row) for row in rows],
+            "int8_products": [asdict(row) for row in products],
+        }
+        console.json({"schema_version": 1, **facts, **tables})
         return
     console.say(f"{device}, {torch.get_num_threads()} threads, {elements:,} elements")
     console.say(f"a copy or an addition moves {format_bytes(bandwidth)}/s")
     columns = ["kernel", "runs in", ">time", ">reference", ">ratio", ">bytes", ">of a copy"]
     console.table(columns, [_bench_cells(row, bandwidth) for row in rows])
+    show_products(console, products, device)
 
 
 def _bench_cells(row: Row, bandwidth: float) -> list[str]:

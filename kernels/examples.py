@@ -7,16 +7,25 @@ for example in EXAMPLES:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowmem.kernels import blockwise, drawn_projection, groupwise, scaled_write, unproject_write
+from lowmem.kernels import (
+    blockwise,
+    drawn_projection,
+    groupwise,
+    int8_linear,
+    scaled_write,
+    unproject_write,
+)
 from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
 from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.drawn_projection import channel_norms, project_on_line
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.limited_scales import SCALES, limited_scales
+from lowmem.kernels.newton_schulz import SYMMETRIC, symmetric_product
 from lowmem.kernels.random_normal import NORMAL, normal
 from lowmem.kernels.rounding import ROUND, hashed_bits, round_into
 from lowmem.kernels.scaled_write import Scaled
@@ -205,6 +214,50 @@ def _write(weight: Weight, step: Product) -> None:
         weight.store(exact, (seed, offset))
 
 
+def _coded(elements: int, device: torch.device, *, turned: bool) -> Tensors:
+    """Codes of a weight about square, bfloat16 to multiply it by, and something to add."""
+    width = math.isqrt(elements)
+    width = max(width // _GROUP * _GROUP, min(width, _GROUP))  # where it can, of whole groups
+    rows = elements // width
+    inner, outer = (width, rows) if turned else (rows, width)
+    x, added = (
+        _numbers(_TOKENS * size, seed, device).bfloat16().view(_TOKENS, size)
+        for size, seed in ((inner, 2), (outer, 3))
+    )
+    codes, scales, zeros = _grouped(rows * width, device)
+    return x, codes.view(rows, width), scales, zeros, added
+
+
+def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, added: Tensor) -> Tensors:
+    return (int8_linear.linear(x, GroupedWeight(codes, scales, zeros, _GROUP), added),)
+
+
+def _input_gradient(
+    grad: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, added: Tensor
+) -> Tensors:
+    weight = GroupedWeight(codes, scales, zeros, _GROUP)
+    return (int8_linear.input_gradient(grad, weight, added.clone()),)
+
+
+def _wide(elements: int, device: torch.device) -> Tensors:
+    """A bfloat16 matrix about twice as wide as high, and a symmetric one; a sixteenth of the
+    elements, for every one of them is multiplied by a whole row."""
+    side = max(1, math.isqrt(elements // 32))
+    width = max(1, elements // (16 * side))
+    x = _numbers(side * width, 1, device).bfloat16().view(side, width)
+    added = _numbers(side * side, 2, device).bfloat16().view(side, side)
+    return x, added + added.T
+
+
+def _symmetric(x: Tensor, added: Tensor) -> Tensors:
+    return (
+        symmetric_product(x, added, alpha=0.5, beta=-2.0),
+        symmetric_product(x, turned=True),
+    )
+
+
+_TOKENS = 64  # of which a card reads a weight at the speed of its memory
+
 EXAMPLES = [
     Example(
         blockwise.QUANTIZE,
@@ -238,6 +291,26 @@ EXAMPLES = [
         bytes=5 + 5 / 128,
     ),
     Example(groupwise.DEQUANTIZE, _grouped, _ungrouped, bytes=3 + 5 / 128),
+    *(
+        Example(
+            kernel,
+            partial(_coded, turned=kernel is int8_linear.LINEAR),
+            run,
+            bytes=1 + 5 / 128,
+            tolerance=2**-8,  # sums in float32 in another order may round the other way
+        )
+        for kernel, run in (
+            (int8_linear.LINEAR, _linear),
+            (int8_linear.INPUT_GRADIENT, _input_gradient),
+        )
+    ),
+    Example(
+        SYMMETRIC,
+        _wide,
+        _symmetric,
+        bytes=(2 * (1 + 0.5 + 0.5) + 2 * (1 + 2)) / 16,  # but products take longer
+        tolerance=2**-8,  # as above
+    ),
     Example(
         unproject_write.WRITE,
         _unprojected,
@@ -280,9 +353,9 @@ EXAMPLES = [
 def difference(example: Example, found: Tensors, wanted: Tensors) -> str:
     """What differs from the reference by more than it may, for people; "" where nothing does."""
     for place, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        if ours.dtype == torch.float32 and example.tolerance:
+        if ours.is_floating_point() and example.tolerance:
             least = example.tolerance * theirs.abs().amax() if theirs.numel() else 0.0
-            wrong = (ours - theirs).abs().le(least).logical_not_()
+            wrong = (ours.float() - theirs.float()).abs().le(least).logical_not_()
         else:
             wrong = ours.ne(theirs)
         count = int(wrong.sum())

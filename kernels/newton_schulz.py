@@ -6,6 +6,9 @@ The coefficients make small singular values grow fastest; in return the results 
 [0.7, 1.2] instead of at 1. The polynomial is on the shorter side. In bfloat16 two arrangements of
 the same products differ by about 1e-2 of an element, so comparisons need float32.
 
+Two of the three products are symmetric, and cuBLAS makes both halves of them. The kernel makes one:
+of a square matrix two thirds of the operations remain, of one of 4096 x 11008 71 %.
+
 Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon (coefficients); Bernstein & Newhouse,
 arXiv:2409.20325, appendix A.
 """
@@ -14,6 +17,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lowmem.kernels.dispatch import Kernel
+
+SYMMETRIC = Kernel(
+    "symmetric_product(Tensor x, Tensor? added, Tensor(a!) out, bool turned, float alpha, "
+    "float beta) -> ()",
+    triton="newton_schulz_triton",
+)
+LEAST_SIDE = 2048  # 136 tiles: fewer leave multiprocessors of a large card idle, and cuBLAS wins
 
 Precision = Literal["bf16", "fp32"]
 
@@ -30,9 +42,34 @@ def newton_schulz(x: Tensor, divisor: Tensor) -> Tensor:
     """
     tall = x.shape[0] > x.shape[1]
     x = x.div_(divisor)
+    # float32 is no work for tensor cores, and half of it in Triton hardly faster than all of it.
+    half = x.dtype == torch.bfloat16 and min(x.shape) >= LEAST_SIDE and SYMMETRIC.runs_on(x)
     for _ in range(_ITERATIONS):
-        gram = x.T @ x if tall else x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=_B, alpha=_C)
+        if half:
+            gram = symmetric_product(x, turned=tall)
+            polynomial = symmetric_product(gram, gram, alpha=_C, beta=_B)
+        else:
+            gram = x.T @ x if tall else x @ x.T
+            polynomial = torch.addmm(gram, gram, gram, beta=_B, alpha=_C)
         first, second = (x, polynomial) if tall else (polynomial, x)
         x = torch.addmm(x, first, second, beta=_A)
     return x
+
+
+def symmetric_product(
+    x: Tensor,
+    added: Tensor | None = None,
+    *,
+    turned: bool = False,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """beta * added + alpha * x x', or x' x; added: symmetric, of the result's shape."""
+    left = x.T if turned else x
+    if SYMMETRIC.runs_on(x):
+        out = x.new_empty(len(left), len(left))
+        SYMMETRIC(x.contiguous(), added, out, turned, alpha, beta)
+        return out
+    if added is None:
+        return (left @ left.T).mul_(alpha)
+    return torch.addmm(added, left, left.T, beta=beta, alpha=alpha)

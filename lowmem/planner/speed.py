@@ -16,6 +16,7 @@ from lowmem.config.defaults import with_updates
 from lowmem.config.recompute import Level, keeps_attention, keeps_mlp, levels_of
 from lowmem.config.schema import Config, ModelConfig, OptimizerConfig
 from lowmem.errors import ConfigError
+from lowmem.kernels.few_tokens import reads_codes
 from lowmem.planner.plan import Card, Choice, Rates, Speed
 from lowmem.units import format_count, format_span
 
@@ -40,12 +41,12 @@ PASSES = {
     "gate": 5,
     "gate backward": 5,
     "logits": 29,
-    "codes": 5.5,
+    "codes": 1.5,
     "bf16 sums": 111,
     "int8 sums": 115,
 }
-"""What kernels/ move per element, in elements of two bytes, as they are written now. Two work on
-slices that stay in the cache, "norm backward" and "gate backward": each operand counts once."""
+"""What kernels/ move per element on a card, in elements of two bytes, as they are written now. Two
+work on slices in the cache, "norm backward" and "gate backward": each operand counts once."""
 
 _ACTIVATION = 2  # bytes: bf16, as gradients and most weights are
 _CODE = 1  # of a weight in int8, whose scales are few
@@ -285,7 +286,9 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
     yield _product(tokens, f, h, 2 * (3 * blocks + again))
     yield _product(tokens, h, f, 3 * blocks)
 
-    if choice.weights == "int8":  # forward, input gradient, and what is computed again
+    # Forward, input gradient, and what is computed again. Few tokens read codes alone, which are
+    # half the bytes that their products are counted with.
+    if choice.weights == "int8" and not reads_codes(tokens):
         attention = 2 * (q + kv) * h * (2 * blocks + attends)
         elements = attention + 2 * f * h * (2 * blocks + again) + h * f * 2 * blocks
         yield Op("dequantisation", "traffic", 0, _ACTIVATION * PASSES["codes"] * elements)

@@ -194,8 +194,29 @@ def test_kernels_are_timed_beside_a_copy(
     record = json.loads(capsys.readouterr().out)
     assert record["copy"] > 0
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in record["kernels"])
+    products = record["int8_products"]
+    assert {row["product"] for row in products} == {"x W'", "grad W"}
+    assert all(row["slices"] > 0 and row["floats"] > 0 for row in products)
+    assert all((row["codes"] is None) == (record["device"] == "cpu") for row in products)
     assert run(["bench", "kernels"]) == 0
-    assert "adam8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "adam8" in out
+    assert "by slices" in out
+
+
+@pytest.mark.parametrize(
+    ("codes", "tokens"), [((1, 1, 1), 64), ((1, 3, 1), 1), ((3, 1, 1), 0), ((1, 1, None), 16)]
+)
+def test_codes_are_faster_up_to_the_first_tokens_at_which_they_are_not(
+    codes: tuple[float | None, ...], tokens: int
+) -> None:
+    from lowmem.cli.bench_products import ProductTimes, faster_up_to
+
+    sizes = zip((1, 16, 64), codes, strict=True)
+    rows = [ProductTimes("x W'", count, seconds, 2.0, 1.0) for count, seconds in sizes]
+    assert (
+        faster_up_to([*rows, *(ProductTimes("grad W", n, 1, 2, 1) for n in (1, 16, 64))]) == tokens
+    )
 
 
 @pytest.mark.slow  # half a minute, of which bitsandbytes takes most

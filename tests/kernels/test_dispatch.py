@@ -80,7 +80,13 @@ def test_a_strided_tensor_is_refused(example: Example, triton_kernels: torch.dev
                 example.kernel(*arguments[:place], strided, *arguments[place + 1 :])
 
 
-MULTIPLIES = {"unproject_write", "unproject_write_codes"}
+MULTIPLIES = {
+    "int8_input_gradient",
+    "int8_linear",
+    "symmetric_product",
+    "unproject_write",
+    "unproject_write_codes",
+}
 CARDS = [
     "80",
     pytest.param("86", marks=pytest.mark.slow),

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lowmem.config.schema import ModelConfig
+from lowmem.kernels import int8_linear
 from lowmem.kernels.grouped_weight import GroupedWeight
-from lowmem.model import int8
 from lowmem.model.block import Linear
 from lowmem.model.int8 import GROUP, Int8Linear
 from lowmem.model.llama import Llama
@@ -70,9 +70,9 @@ def test_a_layer_in_codes_has_the_bits_of_one_with_their_values(
 def test_slices_change_nothing_but_the_order_of_sums(
     widths: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "SLICE_ELEMENTS", 128)
+    monkeypatch.setattr(int8_linear, "SLICE_ELEMENTS", 128)
     coded, plain = layers(*widths, bias, torch.float32)
-    assert len(list(coded._slices())) == {64: 24, 33: 3, 300: 1, 5: 1}[widths[0]]
+    assert len(list(int8_linear._slices(coded.weight))) == {64: 24, 33: 3, 300: 1, 5: 1}[widths[0]]
     for mine, theirs in zip(
         products(coded, torch.float32), products(plain, torch.float32), strict=True
     ):
@@ -80,17 +80,21 @@ def test_slices_change_nothing_but_the_order_of_sums(
         torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("device", "tokens", "slices"), [("cpu", 4, 1), ("meta", 256, 0), ("meta", 260, 1)]
+)
 def test_one_slice_is_all_the_full_precision_there_is(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    device: str, tokens: int, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "SLICE_ELEMENTS", 512 * 64)
+    """And none where a card reads codes."""
+    monkeypatch.setattr(int8_linear, "SLICE_ELEMENTS", 512 * 64)
     layer = Int8Linear(512, 640, False, dtype=torch.bfloat16, device=device)
-    x, grad = (torch.zeros(4, width, dtype=torch.bfloat16, device=device) for width in (512, 640))
-    one = 2 * 512 * 64
+    where: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+    x, grad = (torch.zeros(tokens, width, **where) for width in (512, 640))
+    floats = 2 * 512 * 64 * slices
     for made, call in (
-        (2 * 4 * 640, lambda: layer(x)),
-        (2 * 4 * 512, lambda: layer.input_gradient(grad)),
+        (2 * tokens * 640, lambda: layer(x)),
+        (2 * tokens * 512, lambda: layer.input_gradient(grad)),
         (0, lambda: layer.add_input_gradient(x, grad)),
     ):
         tracker = LiveBytes(device)
@@ -98,7 +102,7 @@ def test_one_slice_is_all_the_full_precision_there_is(
         before = tracker.live
         with tracker, torch.no_grad():
             call()
-        assert tracker.peak == before + made + one
+        assert tracker.peak == before + made + floats
 
 
 def models(

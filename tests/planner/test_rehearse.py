@@ -248,7 +248,7 @@ def test_codes_are_made_floats_slice_by_slice_on_meta_as_in_fact(
     mode: str, accumulate: int, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six slices and more to a matrix, of which meta visits three."""
-    monkeypatch.setattr("lowmem.model.int8.SLICE_ELEMENTS", 2**11)
+    monkeypatch.setattr("lowmem.kernels.int8_linear.SLICE_ELEMENTS", 2**11)
     optimizer = OptimizerConfig.model_validate(METHODS["galore-8bit"])
     how = choice(mode, level, "int8", accumulate)
     rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
