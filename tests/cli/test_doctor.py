@@ -152,7 +152,7 @@ def test_a_kernel_with_wrong_numbers_exits_with_eight(
     def wrong(name: str, arguments: tuple[Any, ...]) -> None:
         right(name, arguments)
         if name == "blockwise_quantize":
-            arguments[2][5] += 1
+            arguments[3][5] += 1
 
     monkeypatch.setattr(native, "call", wrong)
     assert run(["doctor", "--kernels", "--json"]) == 8
