@@ -1,12 +1,15 @@
 """`lowmem doctor`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowmem.cli import doctor, doctor_disk, doctor_resume, kernels
+from lowmem.cli import bench_optimizer, doctor, doctor_disk, doctor_resume, kernels
+from lowmem.cli.bench_optimizer import Contender, Row, compared
+from lowmem.cli.bench_peers import PEERS
 from lowmem.cli.doctor_resume import METHODS, trial
 from lowmem.cli.main import run
 from lowmem.data.shards import Corpus
@@ -198,17 +201,42 @@ def test_kernels_are_timed_beside_a_copy(
     assert "adam8" in capsys.readouterr().out
 
 
+def test_a_step_is_compared_with_the_package_of_its_own_method() -> None:
+    def made(name: str, method: str, seconds: float | None, ours: bool = False) -> tuple[Any, Row]:
+        return Contender(name, lambda *_: None, method, ours), Row(name, seconds)  # type: ignore
+
+    found = compared(
+        [
+            made("torch", "adamw", 2.0),
+            made("ours", "adamw", 3.0, ours=True),
+            made("ours", "galore", 1.0, ours=True),
+            made("package", "galore", 4.0),
+            made("ours", "fira", 1.0, ours=True),
+            made("not installed", "fira", None),
+            made("ours", "cosmos", 1.0, ours=True),
+        ]
+    )
+    assert [row.of_peer for _, row in found] == [None, 1.5, 0.25, None, None, None, None]
+
+
 @pytest.mark.slow  # half a minute, of which bitsandbytes takes most
 def test_a_step_is_timed_beside_those_of_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lowmem.kernels import measure
 
+    gone = replace(PEERS[1], module="no_such_package")
+    monkeypatch.setattr(bench_optimizer, "PEERS", (PEERS[0], gone))
     monkeypatch.setattr(measure, "_COPIED_ON_CPU", 2**20)
     assert run(["bench", "optimizer", "--model", "llama-tiny", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     rows = {row["optimizer"]: row for row in record["steps"]}
     assert record["model"] == "llama-tiny"
     assert rows["torch AdamW, fused"]["ratio"] == 1.0
+    ours, theirs = rows["lowmem adam8bit"], rows["bitsandbytes AdamW8bit"]
+    assert ours["of_peer"] == pytest.approx(ours["seconds"] / theirs["seconds"])
+    missing = rows["galore-torch GaLoreAdamW"]
+    assert missing["missing"] == "not installed: pip install galore-torch"
+    assert missing["seconds"] is rows["lowmem galore"]["of_peer"] is None
     # Both moments in 8 bits are read and written instead of 4 bytes each.
     assert rows["lowmem adam8bit"]["bytes"] < 0.7 * rows["lowmem adamw"]["bytes"]
