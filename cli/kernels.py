@@ -136,7 +136,7 @@ def _compared(
     """The kernel that runs on the device, against its reference, with the times of both."""
     from lowmem.kernels.dispatch import forced
     from lowmem.kernels.examples import difference
-    from lowmem.kernels.measure import median_seconds
+    from lowmem.kernels.measure import cache_bytes, median_seconds, rotating
 
     runs_in = example.kernel.implementation(device.type)
     wrong = ""
@@ -144,10 +144,10 @@ def _compared(
         found = example.run(*example.make(elements, device))
         with forced("reference"):
             wrong = difference(example, found, example.run(*example.make(elements, device)))
-    arguments = example.make(elements, device)
-    seconds = median_seconds(lambda: example.run(*arguments), device)
+    work = rotating(lambda: example.make(elements, device), example.run, cache_bytes(device))
+    seconds = median_seconds(work, device)
     with forced("reference"):
-        reference = median_seconds(lambda: example.run(*arguments), device)
+        reference = median_seconds(work, device)
     state, text = ("broken", wrong) if wrong else ("ok", "")
     if runs_in == "reference":
         state, text = "note", _why_reference(example, device)

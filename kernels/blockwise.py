@@ -25,8 +25,8 @@ _BUCKETS = ((_ONE - _FIRST) >> _SHIFT) + 1  # of either sign
 _BELOW = 2**_SHIFT - 1
 
 QUANTIZE = Kernel(
-    "blockwise_quantize(Tensor x, Tensor table, Tensor(a!) codes, Tensor(b!) absmax, bool lift)"
-    " -> ()",
+    "blockwise_quantize(Tensor x, Tensor values, Tensor table, Tensor(a!) codes, "
+    "Tensor(b!) absmax, bool lift) -> ()",
     triton="blockwise_triton",
     native=True,
 )
@@ -96,10 +96,10 @@ def quantize(x: Tensor, signed: bool, floor_codes: bool = False) -> tuple[Tensor
     """
     lift = floor_codes and not signed
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    table = code_table(signed, str(x.device))
+    values, table = (make(signed, str(x.device)) for make in (dynamic_map, code_table))
     if QUANTIZE.runs_on(x):
         absmax = torch.empty(block_count(x.numel()), dtype=torch.float32, device=x.device)
-        QUANTIZE(x, table, codes, absmax, lift)
+        QUANTIZE(x, values, table, codes, absmax, lift)
         return codes, absmax
     flat, found = x.view(-1), codes.view(-1)
     scaled, absmax = _scaled(flat)

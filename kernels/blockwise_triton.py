@@ -19,7 +19,9 @@ def grid_of(elements: int) -> tuple[int]:
     return (triton.cdiv(elements, BLOCK * PER_PROGRAM),)
 
 
-def blockwise_quantize(x: Tensor, table: Tensor, codes: Tensor, absmax: Tensor, lift: bool) -> None:
+def blockwise_quantize(
+    x: Tensor, values: Tensor, table: Tensor, codes: Tensor, absmax: Tensor, lift: bool
+) -> None:
     if x.numel():
         _quantize[grid_of(x.numel())](x, table, codes, absmax, x.numel(), lift, **OPTIONS)
 

@@ -99,6 +99,7 @@ class Kernel:
     triton: str
     native: bool = False
     name: str = field(init=False)
+    operator: Any = field(init=False)  # the overload that torch's dispatcher calls
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.schema.partition("(")[0])
@@ -106,11 +107,7 @@ class Kernel:
         _library.impl(self.name, self._on_cuda, "CUDA")
         _library.impl(self.name, self._on_cpu, "CPU")
         _library.impl(self.name, lambda *_: None, "Meta")
-
-    @property
-    def operator(self) -> Any:
-        """The overload that torch's dispatcher calls."""
-        return getattr(torch.ops.lowmem, self.name).default
+        object.__setattr__(self, "operator", getattr(torch.ops.lowmem, self.name).default)
 
     def __call__(self, *arguments: Any) -> None:
         # A kernel counts elements, and would read and write others than those of a strided view.

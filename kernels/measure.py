@@ -1,8 +1,10 @@
 """How long a piece of work takes on a device, and what the device could do."""
 
+import itertools
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -18,6 +20,28 @@ def median_seconds(
     threads together, which other programs on the machine hardly change."""
     work()
     return statistics.median(_seconds(work, device) for _ in range(repeats))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the last cache before the device's memory; 0 where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    name = "SC_LEVEL3_CACHE_SIZE"
+    return max(0, os.sysconf(name)) if name in getattr(os, "sysconf_names", {}) else 0
+
+
+def rotating(
+    make: Callable[[], tuple[torch.Tensor, ...]], run: Callable[..., object], cache: int
+) -> Callable[[], object]:
+    """Work that runs on other arguments each time, so that none is in the cache any more.
+
+    make: arguments. Of them there are so many that twice the cache lies between two uses.
+    """
+    first = make()
+    bytes = sum(tensor.numel() * tensor.element_size() for tensor in first)
+    more: Iterable[tuple[torch.Tensor, ...]] = (make() for _ in range(-(-2 * cache // bytes)))
+    turns = itertools.cycle([first, *more])
+    return lambda: run(*next(turns))
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOURCE = Path(__file__).parent / "moments8.cpp"
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 # No contraction: products and sums are rounded where PyTorch rounds them, so that moments are the
 # same bits on a machine without a compiler.
 _FLAGS = "-O3 -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math -shared -fPIC"
@@ -39,9 +39,22 @@ def library() -> ctypes.CDLL | None:
     found = compiler()
     if found is None:
         return None
+    made = compiled(found)
+    if isinstance(made, ctypes.CDLL):
+        return made
+    warnings.warn(
+        f"{found} makes no kernels for this CPU ({made}): plain PyTorch, a few times slower, "
+        "updates 8-bit states, rounds and draws instead",
+        stacklevel=2,
+    )
+    return None
+
+
+def compiled(compiler: str, *options: str) -> ctypes.CDLL | str:
+    """The functions; or what the compiler said last where it fails."""
     with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
         made = Path(folder) / "kernels.so"
-        command = [found, *_FLAGS.split(), str(SOURCE), "-o", str(made)]
+        command = [compiler, *_FLAGS.split(), *options, *map(str, SOURCES), "-o", str(made)]
         try:
             # Some compilers lack OpenMP, and are then asked without.
             for extra in (["-fopenmp"], []):
@@ -50,15 +63,9 @@ def library() -> ctypes.CDLL | None:
                 )
                 if done.returncode == 0:
                     return ctypes.CDLL(str(made))
-            reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         except (OSError, subprocess.TimeoutExpired) as error:
-            reason = [str(error)]
-    warnings.warn(
-        f"{found} makes no kernels for this CPU ({reason[0]}): 8-bit states are updated by plain "
-        "PyTorch, a few times slower",
-        stacklevel=2,
-    )
-    return None
+            return str(error)
 
 
 def call(name: str, arguments: tuple[Any, ...]) -> None:
@@ -71,19 +78,21 @@ def call(name: str, arguments: tuple[Any, ...]) -> None:
 
     found = library()
     assert found is not None, "asked for only where it is there"
+    function = getattr(found, name)
+    if function.argtypes is None:  # told once, the types need no conversion in Python
+        function.argtypes = [*map(_kind, arguments), ctypes.c_int64, ctypes.c_int]
     first: Tensor = next(value for value in arguments if isinstance(value, torch.Tensor))
-    getattr(found, name)(
-        *map(_plain, arguments), ctypes.c_int64(first.numel()), torch.get_num_threads()
-    )
+    plain = (v.data_ptr() if isinstance(v, torch.Tensor) else v for v in arguments)
+    function(*plain, first.numel(), torch.get_num_threads())
 
 
-def _plain(value: Any) -> Any:
+def _kind(value: Any) -> Any:
     match value:
         case bool():
-            return ctypes.c_bool(value)
+            return ctypes.c_bool
         case int():
-            return ctypes.c_int64(value)
+            return ctypes.c_int64
         case float():
-            return ctypes.c_double(value)
+            return ctypes.c_double
         case _:
-            return ctypes.c_void_p(value.data_ptr())
+            return ctypes.c_void_p

@@ -14,8 +14,9 @@ from lowmem.kernels.dispatch import Kernel
 from lowmem.kernels.rounding import hashed_bits, seed_words, signed
 
 NORMAL = Kernel(
-    "random_normal(Tensor table, Tensor(a!) out, int low, int high, int pair) -> ()",
+    "random_normal(Tensor(a!) out, Tensor table, int low, int high, int pair) -> ()",
     triton="random_normal_triton",
+    native=True,
 )
 
 _LEVELS = 2**16
@@ -43,7 +44,7 @@ def normal(count: int, seed: int, offset: int = 0, *, device: torch.device | str
     out = torch.empty(0, device=device)
     if NORMAL.runs_on(out):
         out = torch.empty(count, device=device)
-        NORMAL(table, out, *seed_words(seed), signed(offset // 2))
+        NORMAL(out, table, *seed_words(seed), signed(offset // 2))
         return out
     pairs = hashed_bits(-(-count // 2), seed, offset // 2, device)
     # Read as 16-bit halves, low one first on every machine that torch supports.

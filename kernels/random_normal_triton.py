@@ -9,7 +9,7 @@ from lowmem.kernels.rounding_triton import hashed_bits
 _SIZE = 1024  # elements of a program
 
 
-def random_normal(table: Tensor, out: Tensor, low: int, high: int, pair: int) -> None:
+def random_normal(out: Tensor, table: Tensor, low: int, high: int, pair: int) -> None:
     if out.numel():
         grid, options = (triton.cdiv(out.numel(), _SIZE),), {"SIZE": _SIZE}
         _normal[grid](table, out, out.numel(), low, high, pair, **options, enable_fp_fusion=False)

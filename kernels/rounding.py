@@ -17,6 +17,7 @@ from lowmem.kernels.dispatch import Kernel
 ROUND = Kernel(
     "round_bf16(Tensor x, Tensor(a!) out, int low, int high, int offset) -> ()",
     triton="rounding_triton",
+    native=True,
 )
 
 

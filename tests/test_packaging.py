@@ -46,6 +46,7 @@ def test_the_wheel_holds_commands_kernels_and_presets(wheel: zipfile.ZipFile) ->
         ("cli", "*.py"),
         ("kernels", "*.py"),
         ("kernels", "*.cpp"),
+        ("kernels", "*.h"),
         ("configs", "**/*.toml"),
     ):
         expected = {f"lowmem/{path.relative_to(ROOT)}" for path in (ROOT / folder).glob(pattern)}

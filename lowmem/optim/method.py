@@ -21,7 +21,7 @@ from lowmem.optim.place import Place
 from lowmem.optim.projectors import Norming, Projector
 from lowmem.optim.refresh import Refresh
 from lowmem.optim.rules import Direction, Rule, SubspaceRule, SurveyingRule, whole
-from lowmem.optim.weights import Step
+from lowmem.optim.weights import OnePassStep, Step
 
 OnRefresh = Literal["keep", "reset", "rotate"]
 Curvature = Literal["none", "gauss-newton", "hutchinson"]
@@ -189,7 +189,8 @@ class Dense:
                 at = slice(offset + start * width, offset + stop * width)
                 direction.add_to(rows.view(-1), piece, at, alpha * self.multiplier)
 
-            return step
+            one_pass = direction.one_pass and gradient.dtype == torch.float32
+            return OnePassStep(step) if one_pass else step
 
         return update
 

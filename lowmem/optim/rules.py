@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.adam import add_adam_direction
-from lowmem.kernels.adam8 import add_adam8_direction
+from lowmem.kernels.adam8 import ADAM8, add_adam8_direction
 from lowmem.kernels.slices import flat_slices
 from lowmem.optim.formats import (
     Blockwise8,
@@ -38,11 +38,13 @@ class Direction:
     of: float32 (k,) -> float32 (k,). Called once per piece; pieces begin at multiples of 256. The
     gradient's piece is not changed, the result may be kept by nobody. added: the same in one pass,
     (target, piece, its place, alpha): target += alpha * of(piece); one of the two is called.
+    one_pass: `added` takes no memory, however large the piece.
     """
 
     of: Callable[[Tensor, slice], Tensor]
     factor: float = 1.0
     added: Callable[[Tensor, Tensor, slice, float], None] | None = None
+    one_pass: bool = False
 
     def add_to(self, target: Tensor, piece: Tensor, at: slice, alpha: float) -> None:
         """target (k,) += alpha * factor * of(piece)."""
@@ -174,9 +176,12 @@ class Adam:
             )
 
         if is_float32(state, "exp_avg"):
-            return Direction(lambda piece, at: _alone(added, piece, at), outside, added)
+            return Direction(lambda piece, at: _alone(added, piece, at), outside, added, True)
         if isinstance(self.format, Blockwise8):
-            return Direction(lambda piece, at: _alone(added8, piece, at), outside, added8)
+            in_kernel = ADAM8.runs_on(gradient)
+            return Direction(
+                lambda piece, at: _alone(added8, piece, at), outside, added8, in_kernel
+            )
 
         def of(piece: Tensor, at: slice) -> Tensor:
             exp_avg = self.format.load(state, "exp_avg", at)

@@ -22,7 +22,7 @@ from torch import Tensor
 from lowmem.config.schema import SumFormat
 from lowmem.kernels.blockwise import block_count
 from lowmem.kernels.groupwise import uniform
-from lowmem.kernels.rounding import stochastic_round
+from lowmem.kernels.rounding import round_into
 from lowmem.kernels.signed_codes import dequantize, quantize
 from lowmem.kernels.slices import flat_slices, slice_elements
 from lowmem.transfers import Mark, Transfers
@@ -68,7 +68,7 @@ class RoundedSum:
         flat, total = piece.reshape(-1), self.total.view(-1)
         for at in flat_slices(flat):
             own = total[first + at.start : first + at.stop]
-            own.copy_(stochastic_round(own.float().add_(flat[at]), seed, first + at.start))
+            round_into(own, own.float().add_(flat[at]), seed, first + at.start)
 
     def values(self, start: int, stop: int) -> Tensor:
         return self.total.view(-1)[start:stop].float()

@@ -83,6 +83,16 @@ class DependentStep:
         self.step(rows, start, stop, alpha)
 
 
+@dataclass(frozen=True)
+class OnePassStep:
+    """A Step that takes no memory of its own: float32 rows need not come in groups."""
+
+    step: Step
+
+    def __call__(self, rows: Tensor, start: int, stop: int, alpha: float) -> None:
+        self.step(rows, start, stop, alpha)
+
+
 def row_groups(weight: Weight) -> RowGroups:
     """The weight's values, in the groups in which it is written."""
     for start, stop in row_bounds(weight):
@@ -128,15 +138,20 @@ def write(
     if isinstance(weight, GroupedWeight):
         _write_codes(weight, moved, seed, first_row)
     else:
-        _write_floats(weight, moved, seed, first_row)
+        # With decay, rows that have just been decayed are still in the cache.
+        at_once = isinstance(step, OnePassStep) and not decay and weight.dtype == torch.float32
+        _write_floats(weight, moved, seed, first_row, weight.numel() if at_once else None)
 
 
 Moved = Callable[[Tensor, int, int], Tensor]
 
 
-def _write_floats(weight: Tensor, moved: Moved, seed: int, first_row: int) -> None:
+def _write_floats(
+    weight: Tensor, moved: Moved, seed: int, first_row: int, elements: int | None
+) -> None:
+    """elements: of a group of rows, if not as many as suit the device."""
     width = weight.numel() // max(1, weight.shape[0])
-    for start, stop in row_bounds(weight):
+    for start, stop in row_slices(weight, elements=elements):
         target = weight[start:stop]
         exact = target if target.dtype == torch.float32 else target.float()
         moved(exact, start, stop)

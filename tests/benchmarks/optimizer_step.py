@@ -71,32 +71,20 @@ def ours(name: str, weights: Tensors, grads: Tensors, roles: Roles) -> Callable[
 def theirs(name: str, weights: Tensors, grads: Tensors, roles: Roles) -> Callable[[], None]:
     import torch
 
+    from lowmem.cli.bench_peers import PEERS, is_matrix
+
     for key, weight in weights.items():
         weight.requires_grad_()
         weight.grad = grads[key]
-    matrices = [w for k, w in weights.items() if roles[k].startswith(("attention", "mlp"))]
-    others = [w for k, w in weights.items() if not roles[k].startswith(("attention", "mlp"))]
-    group: dict[str, Any] = {"params": matrices, "rank": 128, "update_proj_gap": GAP}
-    group |= {"proj_type": "std", "scale": 0.25}
+    matrices = [w for k, w in weights.items() if is_matrix(roles[k])]
+    others = [w for k, w in weights.items() if not is_matrix(roles[k])]
     optimizer: Any
     if name == "torch fused adamw":
         optimizer = torch.optim.AdamW(weights.values(), lr=1e-3, fused=True)
-    elif name == "galore_torch":
-        from galore_torch import GaLoreAdamW
-
-        optimizer = GaLoreAdamW([{"params": others}, group], lr=1e-3, no_deprecation_warning=True)
-    elif name == "fira package":
-        from fira import FiraAdamW
-
-        group["alpha"] = group.pop("scale")
-        optimizer = FiraAdamW([{"params": others}, group], lr=1e-3, no_deprecation_warning=True)
     else:
-        from apollo_torch import APOLLOAdamW
-
-        mini = name.endswith("mini")
-        group |= {"proj": "random", "scale_type": "tensor" if mini else "channel"}
-        group |= {"scale": 128.0 if mini else 1.0, "rank": 1 if mini else 128}
-        optimizer = APOLLOAdamW([{"params": others}, group], lr=1e-3)
+        own = next(ours for ours, (package, _) in PAIRS.items() if package == name)
+        peer = next(peer for peer in PEERS if peer.method == own)
+        optimizer = peer.build(matrices, others, GAP)
     return lambda: optimizer.step()
 
 

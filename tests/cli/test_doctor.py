@@ -1,12 +1,15 @@
 """`lowmem doctor`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowmem.cli import doctor, doctor_disk, doctor_resume, kernels
+from lowmem.cli import bench_optimizer, doctor, doctor_disk, doctor_resume, kernels
+from lowmem.cli.bench_optimizer import Contender, Row, compared
+from lowmem.cli.bench_peers import PEERS
 from lowmem.cli.doctor_resume import METHODS, trial
 from lowmem.cli.main import run
 from lowmem.data.shards import Corpus
@@ -152,7 +155,7 @@ def test_a_kernel_with_wrong_numbers_exits_with_eight(
     def wrong(name: str, arguments: tuple[Any, ...]) -> None:
         right(name, arguments)
         if name == "blockwise_quantize":
-            arguments[2][5] += 1
+            arguments[3][5] += 1
 
     monkeypatch.setattr(native, "call", wrong)
     assert run(["doctor", "--kernels", "--json"]) == 8
@@ -219,17 +222,42 @@ def test_codes_are_faster_up_to_the_first_tokens_at_which_they_are_not(
     )
 
 
+def test_a_step_is_compared_with_the_package_of_its_own_method() -> None:
+    def made(name: str, method: str, seconds: float | None, ours: bool = False) -> tuple[Any, Row]:
+        return Contender(name, lambda *_: None, method, ours), Row(name, seconds)  # type: ignore
+
+    found = compared(
+        [
+            made("torch", "adamw", 2.0),
+            made("ours", "adamw", 3.0, ours=True),
+            made("ours", "galore", 1.0, ours=True),
+            made("package", "galore", 4.0),
+            made("ours", "fira", 1.0, ours=True),
+            made("not installed", "fira", None),
+            made("ours", "cosmos", 1.0, ours=True),
+        ]
+    )
+    assert [row.of_peer for _, row in found] == [None, 1.5, 0.25, None, None, None, None]
+
+
 @pytest.mark.slow  # half a minute, of which bitsandbytes takes most
 def test_a_step_is_timed_beside_those_of_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lowmem.kernels import measure
 
+    gone = replace(PEERS[1], module="no_such_package")
+    monkeypatch.setattr(bench_optimizer, "PEERS", (PEERS[0], gone))
     monkeypatch.setattr(measure, "_COPIED_ON_CPU", 2**20)
     assert run(["bench", "optimizer", "--model", "llama-tiny", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     rows = {row["optimizer"]: row for row in record["steps"]}
     assert record["model"] == "llama-tiny"
     assert rows["torch AdamW, fused"]["ratio"] == 1.0
+    ours, theirs = rows["lowmem adam8bit"], rows["bitsandbytes AdamW8bit"]
+    assert ours["of_peer"] == pytest.approx(ours["seconds"] / theirs["seconds"])
+    missing = rows["galore-torch GaLoreAdamW"]
+    assert missing["missing"] == "not installed: pip install galore-torch"
+    assert missing["seconds"] is rows["lowmem galore"]["of_peer"] is None
     # Both moments in 8 bits are read and written instead of 4 bytes each.
     assert rows["lowmem adam8bit"]["bytes"] < 0.7 * rows["lowmem adamw"]["bytes"]

@@ -1,7 +1,9 @@
 """Every kernel is tested where it can run: compiled C++, Triton interpreted, Triton on a card."""
 
+import ctypes
 import importlib.util
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -31,10 +33,23 @@ def triton_kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device(device)
 
 
-@pytest.fixture
-def native_kernels() -> Iterator[torch.device]:
+@cache
+def portable() -> ctypes.CDLL | None:
+    """The C++ without instructions that only some CPUs have."""
+    compiler = native.compiler()
+    made = None if compiler is None else native.compiled(compiler, "-DLOWMEM_PORTABLE")
+    assert not isinstance(made, str), made
+    return made
+
+
+@pytest.fixture(params=["for this CPU", "portable"])
+def native_kernels(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
     """Inside, the compiled C++ runs."""
     if native.library() is None:
         pytest.skip("needs a C++ compiler")
+    if request.param == "portable":
+        monkeypatch.setattr(native, "library", portable)
     with forced("auto"):
         yield torch.device("cpu")

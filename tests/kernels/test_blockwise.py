@@ -77,23 +77,68 @@ def test_floor_lifts_only_positive_underflow() -> None:
     assert floored.tolist() == [255, 1, 0]
 
 
-@pytest.mark.parametrize("choice", ["reference", "auto"])
 @pytest.mark.parametrize("signed", [True, False])
-def test_codes_change_exactly_at_the_midpoints(signed: bool, choice: str) -> None:
+def test_codes_change_exactly_at_the_midpoints(signed: bool, native_kernels: torch.device) -> None:
     """Every midpoint of the map and its two neighbours, against a search in float64."""
     values = dynamic_map(signed)
     middle = (values[:-1] + values[1:]) / 2
     around = [middle, *(middle.nextafter(torch.tensor(end)) for end in (-2.0, 2.0))]
     ends = torch.tensor([0.0, -0.0, 1.0, 1e-9, 2**-23] + [-1.0, -1e-9] * signed)
     x = torch.cat([torch.cat([*around, ends]).clamp(min=-1.0 if signed else 0.0), torch.ones(1)])
-    rows = torch.zeros(len(x), 256)
-    rows[:, 0], rows[:, 1] = x, 1.0  # a block for each, whose scale is 1
-    with forced(choice):
-        codes, _ = quantize(rows.contiguous(), signed)
+    rows, block = torch.zeros(len(x), 256), torch.arange(len(x))
+    place = 83 * block % 256  # everywhere in vectors
+    rows[block, place], rows[block, place ^ 1] = x, 1.0  # a block for each, whose scale is 1
     wanted = (x.double()[:, None] > middle.double()).sum(dim=1)
-    assert torch.equal(codes[:, 0].long(), wanted)
+    for choice in ("auto", "reference"):
+        with forced(choice):
+            codes, _ = quantize(rows, signed)
+        assert torch.equal(codes[block, place].long(), wanted), choice
     # Code, bucket and limit fill no more than the low bits of an int32.
     assert code_table(signed).amin() >= 0
+
+
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int32)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_in_every_place_has_its_value(
+    signed: bool, native_kernels: torch.device
+) -> None:
+    codes = (torch.arange(256) + torch.arange(256)[:, None]).to(torch.uint8)
+    scales = torch.logspace(-40, 38, 256)  # from subnormal numbers to nearly the largest
+    scales[:3] = torch.tensor([0.0, float("inf"), 1.0])
+    found = dequantize(codes, scales, signed)
+    wanted = dynamic_map(signed)[codes.long()] * scales[:, None]
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(bits_of(found[~found.isnan()]), bits_of(wanted[~wanted.isnan()]))
+
+
+@pytest.mark.parametrize("count", [256 * 3000, 256 * 300 + 77])
+@pytest.mark.parametrize("signed", [True, False])
+def test_any_bits_have_the_codes_of_the_reference(
+    signed: bool, count: int, native_kernels: torch.device
+) -> None:
+    """Of whatever float32: subnormal, infinite and none; beside others of any size, and alike."""
+    generator = torch.Generator().manual_seed(count)
+    blocks = block_count(count)
+    bits = torch.randint(-(2**31), 2**31, (blocks, 256), generator=generator, dtype=torch.int64)
+    exponents = torch.randint(0, 256, (blocks, 1), generator=generator)
+    near = (exponents - torch.randint(0, 28, bits.shape, generator=generator)).clamp_(min=0)
+    alike = torch.arange(blocks)[:, None] % 4 != 0  # most blocks hold what one scale can
+    bits = torch.where(alike, bits & ~0x7F800000 | (near << 23), bits)
+    x = bits.to(torch.int32).view(torch.float32).view(-1)[:count]
+    x = x if signed else x.abs()
+    for floor in (False, True):
+        codes, scales = quantize(x, signed, floor)
+        with forced("reference"):
+            wanted, wanted_scales = quantize(x, signed, floor)
+        assert torch.equal(scales.isnan(), wanted_scales.isnan())
+        there = ~scales.isnan()
+        assert 0.5 < there.float().mean() < 1.0
+        assert torch.equal(bits_of(scales[there]), bits_of(wanted_scales[there]))
+        same = codes.eq(wanted) | ~there.repeat_interleave(256)[:count]
+        assert same.all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

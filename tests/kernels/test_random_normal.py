@@ -40,6 +40,16 @@ def test_meta_has_the_shape() -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 4000, 2**32 - 20])
+@pytest.mark.parametrize("count", [0, 1, 1023, 1026, 16384 * 3 + 5])
+def test_cpp_draws_the_numbers_of_the_reference(
+    count: int, offset: int, native_kernels: torch.device
+) -> None:
+    found = normal(count, 11, offset, device=native_kernels)
+    with forced("reference"):
+        assert torch.equal(found, normal(count, 11, offset, device=native_kernels))
+
+
+@pytest.mark.parametrize("offset", [0, 4000, 2**32 - 20])
 @pytest.mark.parametrize("count", [0, 1, 1023, 1026])
 def test_triton_draws_the_numbers_of_the_reference(
     count: int, offset: int, triton_kernels: torch.device

@@ -55,12 +55,26 @@ def test_triton_rounds_every_number_as_the_reference(
 ) -> None:
     x = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(triton_kernels)
     x[1:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-40])[: max(0, count - 1)]
+    check(x, offset)
+
+
+def check(x: torch.Tensor, offset: int) -> None:
+    """The kernel that is chosen outside against the reference."""
     found = torch.empty_like(x, dtype=torch.bfloat16)
     round_into(found, x.clone(), 2**60 + 7, offset)
     with forced("reference"):
         wanted = torch.empty_like(found)
         round_into(wanted, x.clone(), 2**60 + 7, offset)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("offset", [0, 12345, 2**31 - 10, 2**32 + 3])
+@pytest.mark.parametrize("count", [0, 1, 17, 16384 * 3 + 5])
+def test_cpp_rounds_every_number_as_the_reference(
+    count: int, offset: int, native_kernels: torch.device
+) -> None:
+    bits = torch.randint(0, 2**32, (count,), generator=torch.Generator().manual_seed(offset))
+    check(bits.to(torch.int32).view(torch.float32), offset)
 
 
 @pytest.mark.gpu
