@@ -40,6 +40,10 @@ _SMALLEST_RANK = 4  # unless the sheet says less
 _SHARE = 4  # rank is a quarter of the hidden size where a sheet has one for no size
 _ONE_SETTING = {"alpha", "scale"}  # APOLLO's scale is alpha squared; others have only one of them
 OWN = "own"  # states of a method that leaves no choice
+_UNCLIPPED = (
+    "--clip off (the norm is in the log, known after the update), or --update unfused or "
+    "fused+subspace, which know it before"
+)
 CLIP = 1.0  # where nobody says otherwise and the norm is known before weights move
 
 
@@ -388,7 +392,7 @@ def check_layer_major(config: Config) -> None:
             f"train.clip = {config.train.clip} with layer-major order",
             "the last block has been updated before the gradient of the first is known, and with "
             "it the norm",
-            "--clip off (the norm is in the log, known after the update), or --update unfused",
+            _UNCLIPPED,
         )
     if config.train.sums not in ("auto", "fp32"):
         raise ConfigError(
@@ -412,7 +416,7 @@ def check_fused(config: Config, rows: int) -> None:
             f'train.clip = {config.train.clip} with train.update = "fused"',
             "the gradient is never in memory as a whole, and its norm is known only after the "
             "last weights have changed",
-            "--clip off, or --update fused+subspace",
+            _UNCLIPPED,
         )
     if config.train.sums not in ("auto", "fp32"):
         raise ConfigError(

@@ -107,6 +107,59 @@ def test_the_backward_of_a_block_holds_what_the_order_promises(
             assert measured == (block - 1) * below + size, (block, role)
 
 
+SHAPES = {  # (hidden, intermediate, heads, key/value heads)
+    "60m": (512, 1376, 8, 8),
+    "7b": (4096, 11008, 32, 32),
+    "llama3-8b": (4096, 14336, 32, 8),
+}
+
+
+@pytest.mark.parametrize("level", ["keep", "attn", "full"])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("rows", "length"), [(1, 2048), (3, 77)])
+@pytest.mark.parametrize("size", SHAPES)
+def test_what_a_block_keeps_for_backward_is_the_sum_of_the_documented_tensors(
+    size: str, rows: int, length: int, int8: bool, level: Level
+) -> None:
+    """docs/memory.md, "What is kept for backward"; each tensor rounded up to 512 B."""
+    h, f, heads, kv_heads = SHAPES[size]
+    config = ModelConfig(
+        hidden_size=h,
+        intermediate_size=f,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=h // heads,
+    )
+    model = Llama(config, dtype=torch.bfloat16, device="meta", attention="flash", int8=int8)
+    n, kv = rows * length, kv_heads * h // heads
+    x = torch.empty(n, h, dtype=torch.bfloat16, device="meta")
+    with torch.no_grad():
+        _, kept = model.blocks[0](x, model.rotation(length), level)
+    storages = (tensor.untyped_storage() for tensor in kept.values())
+    found = sum({each._cdata: rounded(each.nbytes()) for each in storages}.values())
+    block_input = rounded(2 * n * h)
+    statistic = rounded(4 * n)
+    attention = (
+        statistic
+        + rounded(2 * n * h)  # q
+        + 2 * rounded(2 * n * kv)  # k, v
+        + rounded(2 * n * h)  # its output
+        + rounded(4 * n * heads)  # logsumexp
+        + 1024  # two states of a generator
+        + rounded(2 * n * h)  # x1
+    )
+    mlp = statistic + 2 * rounded(2 * n * f)
+    wanted = {
+        "full": block_input,
+        "attn": block_input + attention,
+        "keep": block_input + attention + mlp,
+    }
+    assert found == wanted[level]
+    if (size, n) == ("7b", 2048):
+        assert round(found / 2048 / 1024) == {"full": 8, "attn": 48, "keep": 91}[level]  # KiB
+
+
 def test_nothing_is_left_when_the_backward_is_done(config: ModelConfig) -> None:
     tracker = rehearse(config, 2, 64, "keep")
     assert tracker.live == 0
