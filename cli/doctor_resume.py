@@ -1,8 +1,8 @@
 """`lowmem doctor --resume`: kill runs with SIGKILL at random points and prove that nothing is lost.
 
-For each method a run that is left alone, and the same run in processes of its own that are killed
-again and again and resumed. Losses, evaluations and the files of the last checkpoint must be equal
-bit for bit.
+For each update mode, with a method of its own, a run that is left alone, and the same run in
+processes of its own that are killed again and again and resumed. Losses, evaluations and the files
+of the last checkpoint must be equal bit for bit.
 """
 
 import os
@@ -27,11 +27,31 @@ from lowmem.tensorfile import sha256_of
 from lowmem.train.checkpoint import verify
 from lowmem.train.run import Run
 
-# One with 8-bit moments, one with a regenerated random projection, one with integer weights.
+# Every update mode; 8-bit moments, a regenerated random projection, integer weights, and everything
+# that can live in host memory there.
 METHODS: dict[str, dict[str, Any]] = {
-    "galore 8bit": {"optimizer": {"method": "galore", "states": "8bit", "min_8bit": 0}},
-    "apollo": {"optimizer": {"method": "apollo"}},
-    "q_galore int8": {"optimizer": {"method": "q_galore"}, "train": {"weights": "int8"}},
+    "galore 8bit": {
+        "optimizer": {"method": "galore", "states": "8bit", "min_8bit": 0},
+        "train": {"update": "fused+subspace"},
+    },
+    "apollo": {
+        "optimizer": {"method": "apollo"},
+        "train": {"update": "fused", "micro_batch": 4, "clip": "off"},
+    },
+    "q_galore int8": {
+        "optimizer": {"method": "q_galore"},
+        "train": {"weights": "int8", "update": "unfused"},
+    },
+    "fira": {
+        "optimizer": {"method": "fira", "place": "host"},
+        "train": {
+            "update": "layer-major",
+            "recompute": "full",
+            "clip": "off",
+            "boundaries": "host",
+            "blocks": "host",
+        },
+    },
 }
 _UPDATES_PER_KILL = 8
 _SLOWEST_START = 300.0  # seconds until the first update of a process
@@ -48,6 +68,7 @@ class Trial:
     """What became of the runs of one method. lost: checkpoints that a kill cost or spoilt."""
 
     method: str
+    update: str = ""
     kills: int = 0
     while_loading: int = 0
     while_saving: int = 0
@@ -72,6 +93,7 @@ def doctor_resume(given: Given, kills: int, *, as_json: bool) -> None:
         console.table(
             [
                 "method",
+                "update",
                 ">kills",
                 ">loading",
                 ">saving",
@@ -111,7 +133,7 @@ def trial(name: str, sections: dict[str, Any], kills: int, folder: Path, corpus:
     """An unbroken run of a method and a killed one, compared."""
     config = _config(sections, kills, folder / name.replace(" ", "-"), corpus)
     whole, broken = (_made(config, which) for which in ("whole", "broken"))
-    found, draw = Trial(name), random.Random(name)
+    found, draw = Trial(name, sections["train"]["update"]), random.Random(name)
     subprocess.run(_command(whole), check=True, **_SILENT)
     seconds = _seconds_per_update(whole)
     while found.kills < kills:
@@ -128,11 +150,10 @@ def _config(sections: dict[str, Any], kills: int, out: Path, corpus: Corpus) -> 
         "updates": 2 * _UPDATES_PER_KILL * (kills + 1),  # more than the kills leave time for
         "batch": "4seq",
         "micro_batch": 2,
-        "update": "unfused",
         "recompute": "keep",
         "clip": 1.0,
         "device": "cpu",
-    } | sections.get("train", {})
+    } | sections["train"]
     optimizer = {"rank": 8, "lr": 0.003, "gap": 5} | sections["optimizer"]
     config = Config.model_validate(
         {
@@ -247,4 +268,4 @@ def _row(trial: Trial) -> Sequence[str]:
         trial.differing_losses,
         trial.differing_files,
     )
-    return [trial.method, *map(str, numbers)]
+    return [trial.method, trial.update, *map(str, numbers)]

@@ -43,6 +43,8 @@ def planned(config: Config, *, for_this_machine: bool, reuse: bool = False) -> P
     cuda = _plans_for_cuda(config.train.device, named_card, for_this_machine)
     given = config
     config, notes = settle(given, cuda=cuda)
+    if named_card and given.train.device == "auto" and not cuda:
+        notes.append(f"device cpu instead of cuda: none is here; {config.gpu} bound the memory")
     card = find_card(config.gpu, "cuda" if cuda else "cpu")
     if config.others != "auto":
         card = replace(card, others=settled(config.others))

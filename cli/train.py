@@ -25,10 +25,18 @@ if TYPE_CHECKING:
 
 
 def train(given: Given, *, dry_run: bool, as_json: bool) -> None:
-    """Plan, prepare the data, create the run's folder and train in it."""
+    """Plan, prepare the data, create the run's folder and train in it.
+
+    A dry run for a named card needs none, like `lowmem plan`.
+    """
     console = Console(quiet=given.quiet, verbose=given.verbose)
     config = loaded(given, console).config
-    plan = planned(config, for_this_machine=True)
+    plan = planned(config, for_this_machine=not dry_run)
+    if dry_run and plan.config.train.device == "cuda" and not _has_cuda():
+        console.say(
+            "Planned for the card: there is no CUDA device here. Without --dry-run this machine "
+            "trains on its CPU,\nwhich --device cpu plans."
+        )
     shown = dry_run and not as_json
     console.plan(plan, as_result=shown)
     if dry_run and as_json:
@@ -44,6 +52,12 @@ def train(given: Given, *, dry_run: bool, as_json: bool) -> None:
     run = Run.create(plan.config, plan.to_json())
     finished = trained(run, corpus, console, plan)
     show_finished(console, finished, run.folder, as_json=as_json)
+
+
+def _has_cuda() -> bool:
+    import torch  # here, because other commands take parts of this file without it
+
+    return torch.cuda.is_available()
 
 
 def checked_corpus(plan: Plan, console: Console) -> "Corpus":

@@ -41,8 +41,8 @@ _SHARE = 4  # rank is a quarter of the hidden size where a sheet has one for no 
 _ONE_SETTING = {"alpha", "scale"}  # APOLLO's scale is alpha squared; others have only one of them
 OWN = "own"  # states of a method that leaves no choice
 _UNCLIPPED = (
-    "--clip off (the norm is in the log, known after the update), or --update unfused or "
-    "fused+subspace, which know it before"
+    "--clip off (the norm is in the log, known after the update), --update unfused, or "
+    "--update fused+subspace"
 )
 CLIP = 1.0  # where nobody says otherwise and the norm is known before weights move
 

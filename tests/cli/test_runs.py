@@ -137,6 +137,24 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert fingerprint(place) == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a card")
+def test_a_dry_run_for_a_named_card_plans_for_it_where_there_is_none(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What trains here all the same is told, and `--device cpu` plans that."""
+    where = ["train", "--model", "small.json", "--tokenizer", "tokenizer", "--gpu", "12GB", "-n"]
+    capsys.readouterr()
+    assert run(where) == 0
+    out, err = capsys.readouterr()
+    assert "bf16 weights" in out
+    assert "there is no CUDA device here" in err
+    assert "--device cuda" in err
+    assert run([*where, "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "fp32 weights" in out
+    assert "no CUDA device" not in err
+
+
 def test_run_checkpoint_and_export_evaluate_alike(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

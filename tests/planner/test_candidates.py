@@ -400,7 +400,11 @@ def test_host_memory_is_taken_in_layer_major_order_or_where_it_was_asked_for() -
 @pytest.mark.parametrize(
     ("sections", "what", "fix"),
     [
-        ({"train": {"update": "layer-major", "clip": 1.0}}, "train.clip = 1.0", "--clip off"),
+        (
+            {"train": {"update": "layer-major", "clip": 1.0}},
+            "train.clip = 1.0",
+            "--update unfused, or --update fused+subspace",
+        ),
         (
             {"train": {"update": "layer-major", "recompute": "attn"}},
             'train.recompute = "attn"',
