@@ -170,12 +170,12 @@ def _code_part(
 ):  # fmt: skip
     """Write the part of a weight of codes that begins at (top, left), a group per line."""
     begin = top.to(tl.int64) * width + left
-    across: tl.constexpr = product.shape[1] // group
-    line = tl.arange(0, product.shape[0] * across)
-    row, column = line // across, line % across * group
+    per_row: tl.constexpr = product.shape[1] // group
+    line = tl.arange(0, product.shape[0] * per_row)
+    row, column = line // per_row, line % per_row * group
     there = (row < height - top) & (column < width - left)
     groups = begin // group + row * (width // group) + column // group
-    exists = tl.broadcast_to(there[:, None], (product.shape[0] * across, group))
+    exists = tl.broadcast_to(there[:, None], (product.shape[0] * per_row, group))
     row, column = row[:, None], column[:, None] + tl.arange(0, group)[None, :]
     at = row * width + column
     if rest is not None:
