@@ -41,12 +41,12 @@ PASSES = {
     "gate": 5,
     "gate backward": 5,
     "logits": 29,
-    "codes": 1.5,
+    "codes": 5.5,
     "bf16 sums": 111,
     "int8 sums": 115,
 }
-"""What kernels/ move per element on a card, in elements of two bytes, as they are written now. Two
-work on slices in the cache, "norm backward" and "gate backward": each operand counts once."""
+"""What kernels/ move per element, in elements of two bytes, as they are written now. Two work on
+slices that stay in the cache, "norm backward" and "gate backward": each operand counts once."""
 
 _ACTIVATION = 2  # bytes: bf16, as gradients and most weights are
 _CODE = 1  # of a weight in int8, whose scales are few

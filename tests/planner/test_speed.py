@@ -20,7 +20,6 @@ from lowmem.config.recompute import Level
 from lowmem.config.schema import Config, Logits, ModelConfig, OptimizerConfig
 from lowmem.errors import ConfigError
 from lowmem.kernels import few_tokens
-from lowmem.kernels.dispatch import forced
 from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.kernels.linear_cross_entropy import cross_entropy, cross_entropy_backward
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_again
@@ -178,7 +177,7 @@ def test_passes_over_memory_are_those_of_the_kernels(what: str) -> None:
     """Within 10 %, for what is counted per row; the two left out work inside the cache."""
     x, y, row, weight = bf16(N, H), bf16(N, H), torch.ones(N, 1), bf16(H)
     turning, angles = x.view(1, N, H // 32, 32), tables(torch.ones(16), N)
-    codes = GroupedWeight.empty((N, H), 128, torch.bfloat16, "meta")  # for a card
+    codes = GroupedWeight.of(torch.ones(N, H), 128)
     calls: dict[str, Callable[[], Any]] = {
         "norm": lambda: rms_norm(x, weight, 1e-6),
         "norm again": lambda: rms_norm_again(x, weight, row),
@@ -190,7 +189,7 @@ def test_passes_over_memory_are_those_of_the_kernels(what: str) -> None:
         "bf16 sums": lambda: RoundedSum.zeros(x.shape, x.device).add(x, 0, 1),
         "int8 sums": lambda: CodedSum.zeros(x.shape, x.device).add(x, 0, 1),
     }
-    with forced("triton" if what == "codes" else "auto"), BytesMoved() as moved:
+    with BytesMoved() as moved:
         calls[what]()
     assert moved.bytes / (2 * N * WIDTH.get(what, H)) == pytest.approx(PASSES[what], rel=0.1)
 
@@ -243,8 +242,8 @@ def test_codes_cost_time() -> None:
             for weights in ("int8", "bf16")
         )
         shares.append(coded / plain - 1)
-    assert shares[0] > 0.05
-    assert 0 < shares[1] < 0.005
+    assert shares[0] > 0.2
+    assert 0 < shares[1] < 0.05
     assert shares[2] < 0  # 256 tokens read codes alone
 
 
