@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.kernels import blockwise, groupwise
+from lowmem.kernels import blockwise, groupwise, rms_norm, rope, swiglu
 from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
 from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.random_normal import NORMAL, normal
@@ -24,7 +24,8 @@ class Example:
     """make(elements, device): arguments. run(*arguments): all that is new or has changed.
 
     bytes: read and written per element, at least. Integers and scales have to be those of the
-    reference; tolerance: of other floats, relative to the largest of the reference.
+    reference; tolerance: of other floats, relative to the largest of the reference. Where there is
+    one, a bfloat16 may also lie two neighbours off: what is rounded twice meets a tie otherwise.
     """
 
     kernel: Kernel
@@ -96,7 +97,50 @@ def _ungrouped(*groups: Tensor) -> Tensors:
     return (groupwise.dequantize(codes, scales, zeros, _GROUP, torch.bfloat16),)
 
 
+def _halves(*tensors: Tensor) -> Tensors:
+    return tuple(each.to(torch.bfloat16) for each in tensors)
+
+
+def _matrices(elements: int, device: torch.device, count: int) -> Tensors:
+    """So many bfloat16 matrices of up to _WIDTH columns."""
+    width = min(elements, _WIDTH)
+    whole = elements // width * width
+    return _halves(*(_numbers(whole, seed, device).view(-1, width) for seed in range(count)))
+
+
+def _norm(elements: int, device: torch.device) -> Tensors:
+    """x and weight, and with them the rstd that the forward keeps."""
+    x, other = _matrices(elements, device, 2)
+    with forced("reference"):
+        return x, other[0].clone(), rms_norm.rms_norm(x, other[0], 1e-6)[1]
+
+
+def _norm_backward(elements: int, device: torch.device) -> Tensors:
+    return *_norm(elements, device), _matrices(elements, device, 3)[2]
+
+
+def _norm_gradients(x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor) -> Tensors:
+    made = grad.clone()
+    return rms_norm.rms_norm_backward(made, x, weight, rstd), made
+
+
+def _gated_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> Tensors:
+    gate, up = gate.clone(), up.clone()
+    swiglu.swiglu_backward(grad.clone(), gate, up)
+    return gate, up
+
+
+def _heads(elements: int, device: torch.device) -> Tensors:
+    """Two sequences of heads of up to 64 features, and the angles of their positions."""
+    half = min(max(1, elements // 12), 32)
+    length = max(1, elements // (12 * half))
+    (x,) = _halves(_numbers(12 * length * half, 1, device).view(2, length, 3, 2 * half))
+    return x, *rope.tables(rope.frequencies(2 * half, 10000.0, device), length)
+
+
+_NEIGHBOURS = {torch.float32: 0.0, torch.bfloat16: 2**-6}  # two, relative
 _GROUP = 128
+_WIDTH = 512
 
 EXAMPLES = [
     Example(
@@ -137,15 +181,59 @@ EXAMPLES = [
         lambda like: (normal(like.numel(), 11, offset=2**32 - 200, device=like.device),),
         bytes=4,
     ),
+    Example(
+        rms_norm.NORM,
+        _norm,
+        lambda x, weight, _: rms_norm.rms_norm(x, weight, 1e-6),
+        bytes=4,
+        tolerance=3e-7,
+    ),
+    Example(
+        rms_norm.AGAIN,
+        _norm,
+        lambda x, weight, rstd: (rms_norm.rms_norm_again(x, weight, rstd),),
+        bytes=4,
+    ),
+    Example(
+        rms_norm.BACKWARD,
+        _norm_backward,
+        _norm_gradients,
+        bytes=6,
+        tolerance=3e-7,
+    ),
+    Example(
+        swiglu.SWIGLU,
+        lambda elements, device: _matrices(elements, device, 2),
+        lambda gate, up: (swiglu.swiglu(gate, up),),
+        bytes=6,
+        tolerance=3e-7,
+    ),
+    Example(
+        swiglu.BACKWARD,
+        lambda elements, device: _matrices(elements, device, 3),
+        _gated_gradients,
+        bytes=10,
+        tolerance=3e-7,
+    ),
+    Example(
+        rope.ROTATE,
+        _heads,
+        lambda x, cos, sin: (rope.rotate_(x.clone(), cos, sin),),
+        bytes=4,
+        tolerance=3e-7,
+    ),
 ]
 
 
 def difference(example: Example, found: Tensors, wanted: Tensors) -> str:
     """What differs from the reference by more than it may, for people; "" where nothing does."""
     for place, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        if ours.dtype == torch.float32 and example.tolerance:
-            least = example.tolerance * theirs.abs().amax() if theirs.numel() else 0.0
-            wrong = (ours - theirs).abs().le(least).logical_not_()
+        if ours.is_floating_point() and example.tolerance and theirs.numel():
+            exact = theirs.float()
+            allowed = (exact.abs() * _NEIGHBOURS[ours.dtype]).add_(
+                example.tolerance * exact.abs().amax()
+            )
+            wrong = (ours - exact).abs().le(allowed).logical_not_()
         else:
             wrong = ours.ne(theirs)
         count = int(wrong.sum())

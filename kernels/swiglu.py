@@ -9,18 +9,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowmem.kernels.dispatch import Kernel
 from lowmem.kernels.slices import pieces
+
+SWIGLU = Kernel("swiglu(Tensor gate, Tensor up, Tensor(a!) product) -> ()", triton="swiglu_triton")
+BACKWARD = Kernel(
+    "swiglu_backward(Tensor grad, Tensor(a!) gate, Tensor(b!) up) -> ()", triton="swiglu_triton"
+)
 
 SLICE_ELEMENTS = 2**21  # of the backward's scratch
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both (n, f)."""
+    if SWIGLU.runs_on(gate):
+        product = torch.empty_like(gate)
+        SWIGLU(gate, up, product)
+        return product
     return functional.silu(gate).mul_(up)
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> None:
     """Turn `gate` and `up` (n, f) into their own gradients; `grad`, that of t, is used up."""
+    if BACKWARD.runs_on(gate):
+        BACKWARD(grad, gate, up)
+        return
     rows = max(1, SLICE_ELEMENTS // gate.shape[-1])
     for start, stop in pieces(len(gate), rows, gate.is_meta):
         g, a, b = grad[start:stop], gate[start:stop], up[start:stop]
