@@ -10,6 +10,7 @@ Source: Zhang and Sennrich, arXiv:1910.07467.
 import torch
 from torch import Tensor
 
+from lowmem.kernels.compiled import asked_to_compile, run
 from lowmem.kernels.dispatch import Kernel
 from lowmem.kernels.slices import pieces
 
@@ -39,9 +40,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, rstd = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
         NORM(x, weight, y, rstd, eps)
         return y, rstd
+    return run(_normalised, x, weight, eps)
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return rms_norm_again(x, weight, rstd), rstd
+    return _normalised_again(x, weight, rstd), rstd
 
 
 def rms_norm_again(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
@@ -50,6 +55,10 @@ def rms_norm_again(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
         y = torch.empty_like(x)
         AGAIN(x, weight, rstd, y)
         return y
+    return run(_normalised_again, x, weight, rstd)
+
+
+def _normalised_again(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return torch.mul(x, rstd, out=torch.empty_like(x)).mul_(weight)
 
 
@@ -67,14 +76,19 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
     grad_weight = torch.zeros_like(factor)
     rows = max(1, SLICE_ELEMENTS // width)
     for start, stop in pieces(len(x), rows, x.is_meta):
-        g, part, inverse = grad[start:stop], x[start:stop], rstd[start:stop]
-        scratch = g.to(torch.float32, copy=True).mul_(part).mul_(inverse)
-        grad_weight.add_(scratch.sum(0))
-        shrink = torch.mv(scratch, factor).unsqueeze_(1).mul_(inverse.square()).div_(width)
-        torch.mul(g, factor, out=scratch).mul_(inverse).addcmul_(part, shrink, value=-1)
-        g.copy_(scratch)
+        slices = grad[start:stop], x[start:stop], rstd[start:stop]
+        run(_rows_backward, *slices, factor, grad_weight)
     return grad_weight.to(weight.dtype)
 
 
+def _rows_backward(g: Tensor, x: Tensor, rstd: Tensor, factor: Tensor, grad_weight: Tensor) -> None:
+    """g (n, h) becomes the gradient of x; what the weight (`factor`, float32) gets is added."""
+    scratch = g.to(torch.float32, copy=True).mul_(x).mul_(rstd)
+    grad_weight.add_(scratch.sum(0))
+    shrink = torch.mv(scratch, factor).unsqueeze_(1).mul_(rstd.square()).div_(x.shape[-1])
+    torch.mul(g, factor, out=scratch).mul_(rstd).addcmul_(x, shrink, value=-1)
+    g.copy_(scratch)
+
+
 def _in_triton(kernel: Kernel, x: Tensor) -> bool:
-    return x.shape[-1] <= WIDEST and kernel.runs_on(x)
+    return x.shape[-1] <= WIDEST and not asked_to_compile() and kernel.runs_on(x)
