@@ -35,7 +35,7 @@ class Setting:
 
     @property
     def variable(self) -> str:
-        return self.flag[2:].replace("-", "_")
+        return _variable(self.flag)
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,10 @@ EVALUATION = ("--data", "--protocol", "--tokenizer", "--seq-len", "--eval-tokens
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
-_SKIP_BAD = Annotated[
-    bool,
-    typer.Option(
-        "--skip-bad", help="count unreadable lines instead of failing", rich_help_panel=DATA
-    ),
-]
+_SWITCHES = (
+    ("--skip-bad", "count unreadable lines instead of failing", DATA),
+    ("--compile", "torch.compile norms, rotations and gated units of blocks", MEMORY),
+)
 _CONFIG = Annotated[
     list[Path],
     typer.Option(
@@ -160,7 +158,10 @@ def with_settings(
     shared = [_parameter(s.variable, _option(s), None) for s in settings]
     if files:
         shared += [
-            _parameter("skip_bad", _SKIP_BAD, False),
+            *(
+                _parameter(_variable(flag), _switch(flag, *rest), False)
+                for flag, *rest in _SWITCHES
+            ),
             _parameter("config", _CONFIG, []),
             _parameter("assignments", _SET, []),
         ]
@@ -184,10 +185,17 @@ def named(*flags: str) -> list[Setting]:
 
 def _given(settings: Iterable[Setting], typed: dict[str, Any]) -> Given:
     flags = {s.key: typed[s.variable] for s in settings if typed[s.variable] is not None}
-    if typed.get("skip_bad"):
-        flags[FLAGS["--skip-bad"]] = True
+    flags |= {FLAGS[flag]: True for flag, *_ in _SWITCHES if typed.get(_variable(flag))}
     files, assignments = typed.get("config", []), typed.get("assignments", [])
     return Given(flags, files, assignments, typed["quiet"], typed["verbose"])
+
+
+def _variable(flag: str) -> str:
+    return flag[2:].replace("-", "_")
+
+
+def _switch(flag: str, text: str, panel: str) -> Any:
+    return Annotated[bool, typer.Option(flag, help=text, rich_help_panel=panel)]
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -17,7 +17,10 @@ from lowmem.kernels import (
     drawn_projection,
     groupwise,
     int8_linear,
+    rms_norm,
+    rope,
     scaled_write,
+    swiglu,
     unproject_write,
 )
 from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
@@ -39,7 +42,8 @@ class Example:
     """make(elements, device): arguments. run(*arguments): all that is new or has changed.
 
     bytes: read and written per element, at least. Integers and scales have to be those of the
-    reference; tolerance: of other floats, relative to the largest of the reference.
+    reference; tolerance: of other floats, relative to the largest of the reference; neighbours: by
+    how many a bfloat16 may lie off besides, for what is rounded twice meets a tie otherwise.
     """
 
     kernel: Kernel
@@ -47,6 +51,7 @@ class Example:
     run: Callable[..., Tensors]
     bytes: float
     tolerance: float = 0.0
+    neighbours: int = 0
 
 
 def _numbers(elements: int, seed: int, device: torch.device) -> Tensor:
@@ -258,6 +263,50 @@ def _symmetric(x: Tensor, added: Tensor) -> Tensors:
 
 _TOKENS = 64  # of which a card reads a weight at the speed of its memory
 
+
+def _halves(*tensors: Tensor) -> Tensors:
+    return tuple(each.to(torch.bfloat16) for each in tensors)
+
+
+def _matrices(elements: int, device: torch.device, count: int) -> Tensors:
+    """So many bfloat16 matrices of up to _WIDTH columns."""
+    width = min(elements, _WIDTH)
+    whole = elements // width * width
+    return _halves(*(_numbers(whole, seed, device).view(-1, width) for seed in range(count)))
+
+
+def _norm(elements: int, device: torch.device) -> Tensors:
+    """x and weight, and with them the rstd that the forward keeps."""
+    x, other = _matrices(elements, device, 2)
+    with forced("reference"):
+        return x, other[0].clone(), rms_norm.rms_norm(x, other[0], 1e-6)[1]
+
+
+def _norm_backward(elements: int, device: torch.device) -> Tensors:
+    return *_norm(elements, device), _matrices(elements, device, 3)[2]
+
+
+def _norm_gradients(x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor) -> Tensors:
+    made = grad.clone()
+    return rms_norm.rms_norm_backward(made, x, weight, rstd), made
+
+
+def _gated_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> Tensors:
+    gate, up = gate.clone(), up.clone()
+    swiglu.swiglu_backward(grad.clone(), gate, up)
+    return gate, up
+
+
+def _heads(elements: int, device: torch.device) -> Tensors:
+    """Two sequences of heads of up to 64 features, and the angles of their positions."""
+    half = min(max(1, elements // 12), 32)
+    length = max(1, elements // (12 * half))
+    (x,) = _halves(_numbers(12 * length * half, 1, device).view(2, length, 3, 2 * half))
+    return x, *rope.tables(rope.frequencies(2 * half, 10000.0, device), length)
+
+
+_WIDTH = 512
+
 EXAMPLES = [
     Example(
         blockwise.QUANTIZE,
@@ -347,15 +396,64 @@ EXAMPLES = [
     ),
     Example(scaled_write.WRITE, _scaled_weight, _scaled_step, bytes=2 + 2 + 2),
     Example(scaled_write.WRITE_CODES, _scaled_codes, _scaled_step, bytes=2 + 1 + 1 + 10 / 128),
+    Example(
+        rms_norm.NORM,
+        _norm,
+        lambda x, weight, _: rms_norm.rms_norm(x, weight, 1e-6),
+        bytes=4,
+        tolerance=3e-7,
+        neighbours=2,
+    ),
+    Example(
+        rms_norm.AGAIN,
+        _norm,
+        lambda x, weight, rstd: (rms_norm.rms_norm_again(x, weight, rstd),),
+        bytes=4,
+    ),
+    Example(
+        rms_norm.BACKWARD,
+        _norm_backward,
+        _norm_gradients,
+        bytes=6,
+        tolerance=3e-7,
+        neighbours=2,
+    ),
+    Example(
+        swiglu.SWIGLU,
+        lambda elements, device: _matrices(elements, device, 2),
+        lambda gate, up: (swiglu.swiglu(gate, up),),
+        bytes=6,
+        tolerance=3e-7,
+        neighbours=2,
+    ),
+    Example(
+        swiglu.BACKWARD,
+        lambda elements, device: _matrices(elements, device, 3),
+        _gated_gradients,
+        bytes=10,
+        tolerance=3e-7,
+        neighbours=2,
+    ),
+    Example(
+        rope.ROTATE,
+        _heads,
+        lambda x, cos, sin: (rope.rotate_(x.clone(), cos, sin),),
+        bytes=4,
+        tolerance=3e-7,
+        neighbours=2,
+    ),
 ]
 
 
 def difference(example: Example, found: Tensors, wanted: Tensors) -> str:
     """What differs from the reference by more than it may, for people; "" where nothing does."""
     for place, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        if ours.is_floating_point() and example.tolerance:
-            least = example.tolerance * theirs.abs().amax() if theirs.numel() else 0.0
-            wrong = (ours.float() - theirs.float()).abs().le(least).logical_not_()
+        if ours.is_floating_point() and example.tolerance and theirs.numel():
+            exact = theirs.float()
+            allowed = exact.abs().amax().mul(example.tolerance)
+            if ours.dtype == torch.bfloat16:
+                allowed = allowed + exact.abs() * (example.neighbours * 2**-7)
+            wrong = (ours.float() - exact).abs().le(allowed).logical_not_()
         else:
             wrong = ours.ne(theirs)
         count = int(wrong.sum())

@@ -11,6 +11,13 @@ import math
 import torch
 from torch import Tensor
 
+from lowmem.kernels.compiled import asked_to_compile, run
+from lowmem.kernels.dispatch import Kernel
+
+ROTATE = Kernel(
+    "rotate(Tensor(a!) x, Tensor cos, Tensor sin, bool back) -> ()", triton="rope_triton"
+)
+
 
 def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     """Angle per position of every pair: float32 (D/2)."""
@@ -41,12 +48,18 @@ def tables(frequency: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     """Turn x (B, T, H, D) in place, or turn it `back`; computed in float32, rounded once."""
+    if not asked_to_compile() and ROTATE.runs_on(x):
+        ROTATE(x, cos, sin, back)
+        return x
+    run(_turn, x, cos, sin, -1 if back else 1)
+    return x
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> None:
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (T, 1, D/2)
-    sign = -1 if back else 1
     turned = (first * cos).addcmul_(second, sin, value=-sign)
     other = (second * cos).addcmul_(first, sin, value=sign)
     first.copy_(turned)
     second.copy_(other)
-    return x

@@ -38,15 +38,54 @@ def hashed_bits(index, low, high):
 
 
 @triton.jit
-def nearest(x, dtype: tl.constexpr):
-    """float32 -> dtype, ties to even; spelt out, for Triton's interpreter cuts bfloat16 off."""
-    if dtype != tl.bfloat16:
-        return x.to(dtype)
+def nearest_bits(x):
+    """The float32 bits of the bfloat16 nearest to x, ties to even; spelt out, for Triton's
+    interpreter cuts bfloat16 off."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     kept = tl.where(x != x, bits | 0x400000, bits)  # so that NaN does not become infinity
     finite = (bits & 0x7F800000) != 0x7F800000
-    return tl.where(finite, rounded, kept).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return tl.where(finite, rounded, kept & -65536)
+
+
+@triton.jit
+def nearest(x, dtype: tl.constexpr):
+    """float32 -> dtype, ties to even."""
+    if dtype != tl.bfloat16:
+        return x.to(dtype)
+    return nearest_bits(x).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+def raw(x: Tensor) -> Tensor:
+    """bfloat16 as its bits: the interpreter makes the subnormal ones zero. float32 as it is."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+@triton.jit
+def unpacked(x):
+    """float32 of what was loaded from a `raw` tensor."""
+    if x.dtype == tl.int16:
+        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:  # Triton compiles one of both only if it is told so
+        return x
+
+
+@triton.jit
+def rounded_as(x, dtype: tl.constexpr):
+    """float32 rounded once to what a `raw` tensor of that element type holds, still float32."""
+    if dtype == tl.int16:
+        return nearest_bits(x).to(tl.float32, bitcast=True)
+    else:  # Triton compiles one of both only if it is told so
+        return x
+
+
+@triton.jit
+def packed(x, dtype: tl.constexpr):
+    """The same, to be stored in it."""
+    if dtype == tl.int16:
+        return (nearest_bits(x) >> 16).to(tl.int16)
+    else:  # Triton compiles one of both only if it is told so
+        return x
 
 
 @triton.jit

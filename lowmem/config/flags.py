@@ -32,6 +32,7 @@ FLAGS = {
     "--recompute": "train.recompute",
     "--logits": "train.logits",
     "--attention": "train.attention",
+    "--compile": "train.compile",
     "--clip": "train.clip",
     "--weights": "train.weights",
     "--ends": "train.ends",

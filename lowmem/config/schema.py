@@ -315,6 +315,10 @@ class TrainConfig(Section):
     attention: Literal["sdpa", "flash-attn"] = Field(
         default="sdpa", description="PyTorch's own fused attention, or the flash-attn package"
     )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile the norms, rotations and gated units of every block",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="of weights, data order and rounding"
     )

@@ -21,6 +21,7 @@ from torch.nn import functional
 from lowmem.config.recompute import Level, keeps_attention, keeps_mlp
 from lowmem.config.schema import ModelConfig
 from lowmem.kernels.attention import Backend, Statistics, attention, attention_backward
+from lowmem.kernels.compiled import compiling
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
 from lowmem.kernels.rope import rotate_
 from lowmem.kernels.swiglu import swiglu, swiglu_backward
@@ -93,7 +94,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with their norms; `index` counts from 0. linear: of the projections."""
+    """Attention and MLP with their norms; `index` counts from 0. linear: of the projections.
+
+    compiled: its element-wise pieces are, see kernels/compiled.py.
+    """
 
     def __init__(
         self,
@@ -101,10 +105,11 @@ class Block(nn.Module):
         index: int,
         backend: Backend,
         linear: type[AnyLinear],
+        compiled: bool,
         **where: Any,
     ) -> None:
         super().__init__()
-        self.index, self.backend = index, backend
+        self.index, self.backend, self.compiled = index, backend, compiled
         self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
         self.self_attn = Attention(config, linear, **where)
         self.mlp = Mlp(config, linear, **where)
@@ -113,6 +118,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, level: Level) -> tuple[Tensor, Kept]:
         """(x2, what `level` keeps for `backward`)."""
+        with compiling(self.compiled):
+            return self._through(x, rotation, level)
+
+    def _through(self, x: Tensor, rotation: Rotation, level: Level) -> tuple[Tensor, Kept]:
         kept = self._attend(x, rotation)
         x1 = kept["x1"]
         if not keeps_attention(level):
@@ -130,6 +139,12 @@ class Block(nn.Module):
 
         hand: receives (full parameter name, gradient), each exactly once; it may change the weight.
         """
+        with compiling(self.compiled):
+            self._back_through(grad, kept, rotation, hand)
+
+    def _back_through(
+        self, grad: Tensor, kept: Kept, rotation: Rotation, hand: GradientSink
+    ) -> None:
         x = kept.pop("x")
         if "q" not in kept:
             kept |= self._attend(x, rotation)

@@ -61,6 +61,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         home: torch.device,
+        compiled: bool,
     ) -> None:
         """home: of the blocks."""
         super().__init__()
@@ -69,7 +70,9 @@ class Decoder(nn.Module):
         self.embed_tokens = end(h, config.vocab_size, bias=False, dtype=dtype, device=device)
         indices = range(config.num_hidden_layers)
         there = {"dtype": dtype, "device": home}
-        self.layers = nn.ModuleList(Block(config, i, backend, linear, **there) for i in indices)
+        self.layers = nn.ModuleList(
+            Block(config, i, backend, linear, compiled, **there) for i in indices
+        )
         self.norm = Norm(h, **where)
 
 
@@ -87,7 +90,8 @@ class Llama(nn.Module):
     recompute: what blocks keep for backward. keep_logits: keep them, too, instead of making them
     twice. attention: "auto" takes the device's own; on meta it names the rehearsed one. boundaries:
     where the inputs of blocks wait for their backward. blocks: where their weights live; from the
-    host they come for their use, in layer-major order and evaluation.
+    host they come for their use, in layer-major order and evaluation. compiled: the element-wise
+    pieces of blocks are.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class Llama(nn.Module):
         attention: str = "auto",
         boundaries: BoundaryPlace = "keep",
         blocks: StatePlace = "device",
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         device = torch.device(device)
@@ -112,7 +117,7 @@ class Llama(nn.Module):
         self.recompute, self.keep_logits = recompute, keep_logits
         self.backend = choose_backend(attention, device, dtype, config.head_dim)
         home = torch.device("cpu") if blocks == "host" and device.type == "cuda" else device
-        self.model = Decoder(config, self.backend, int8, int8_ends, dtype, device, home)
+        self.model = Decoder(config, self.backend, int8, int8_ends, dtype, device, home, compiled)
         self.residence: Residence | None = None
         if blocks == "host":
             self.residence = Residence(self.blocks, Transfers(device))

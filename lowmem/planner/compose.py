@@ -238,6 +238,7 @@ def model_bytes(model: ModelConfig, choice: Choice, seq_len: int, attention: str
         ends=choice.ends,
         boundaries=choice.boundaries,
         blocks=choice.blocks,
+        compiled=choice.compiled,
     )
     recorder = _Recorder(llama, scratch=attention != "cpu")
     listener = _Listener(recorder, choice.update)

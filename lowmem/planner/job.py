@@ -123,6 +123,7 @@ class Job:
             way.boundaries,
             way.place,
             way.blocks,
+            self.config.train.compile,
         )
 
     def optimizer(self, kind: Kind) -> OptimizerConfig:

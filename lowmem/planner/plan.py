@@ -104,12 +104,14 @@ class Choice:
     boundaries: BoundaryPlace = "keep"  # inputs of blocks until their backward
     place: StatePlace = "device"  # of states
     blocks: StatePlace = "device"  # of their weights
+    compiled: bool = False  # element-wise pieces of blocks
 
     def sentence(self) -> str:
         """One line for people, from the method to the micro-batch."""
         rank = "" if self.rank is None else f" rank {self.rank}"
         ends = " and ends" if self.ends == "int8" else ""
         logits = ", logits kept" if self.logits == "keep" else ""
+        logits += ", compiled" if self.compiled else ""
         summed = "" if self.sums in ("fp32", "host") else f", {self.sums} sums"
         away = [name for name, where in self.away() if where == "host"]
         host = f", {', '.join(away)} on the host" if away else ""

@@ -361,6 +361,7 @@ def rehearse(
         ends=choice.ends,
         boundaries=choice.boundaries,
         blocks=choice.blocks,
+        compiled=choice.compiled,
     )
     with standing_for(attention):
         owner = optimizer_on_meta(llama, optimizer, choice.update, choice.sums, choice.place)
@@ -401,6 +402,7 @@ def model_on_meta(
     ends: Ends = "exact",
     boundaries: BoundaryPlace = "keep",
     blocks: StatePlace = "device",
+    compiled: bool = False,
 ) -> Llama:
     """The very model that would be trained, without memory."""
     return Llama(
@@ -414,6 +416,7 @@ def model_on_meta(
         attention=attention,
         boundaries=boundaries,
         blocks=blocks,
+        compiled=compiled,
     )
 
 

@@ -624,6 +624,8 @@ def _said(config: Config, filled: Config, model: ModelConfig) -> list[str]:
         for entry in refused(METHODS)
         if entry.name == method in METHODS
     ]
+    if config.train.compile:
+        said.append("compile: planned as if it were off, which takes as much or more")
     if config.optimizer.lr == "auto":
         said.append(f"lr {filled.optimizer.lr:g}: from {recipe}, {spec.source}")
     if config.optimizer.weight_decay == "auto" and filled.optimizer.weight_decay:

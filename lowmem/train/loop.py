@@ -20,6 +20,7 @@ from lowmem.data.documents import DocumentBatches
 from lowmem.data.shards import Corpus, TokenStream
 from lowmem.errors import ConfigError, DataError, DivergedError, HardwareError, Stopped, short
 from lowmem.kernels.attention import choose_backend
+from lowmem.kernels.compiled import compiles
 from lowmem.model.huggingface import folder_weights
 from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
@@ -285,6 +286,12 @@ def require_hardware(config: Config) -> None:
             "bf16 needs compute capability 8.0 (Ampere) or newer",
             "--weights fp32",
         )
+    if config.train.compile and not compiles(torch.device(device)):
+        raise HardwareError(
+            f"train.compile = true on {device}, where torch.compile has no compiler",
+            "it takes a C++ compiler on a CPU (c++, g++, clang++ or $CXX) and Triton on a card",
+            "install one, or train.compile = false, which runs the same without it",
+        )
 
 
 def require_host_memory(plan: Plan) -> None:
@@ -323,6 +330,7 @@ def declared(config: Config, device: str) -> tuple[Llama, Optimizer]:
         attention="cpu" if device == "meta" else config.train.attention,  # nothing runs there
         boundaries="host" if config.train.boundaries == "host" else "keep",
         blocks="host" if config.train.blocks == "host" else "device",
+        compiled=config.train.compile,
     )
     optimizer = build_optimizer(
         config.optimizer,

@@ -1,5 +1,5 @@
-"""Compile every Triton kernel for cards that are not there, as the examples launch them, and
-those that multiply for other formats too.
+"""Compile every Triton kernel for cards that are not there, as the examples launch them, those that
+multiply for other formats too, and those of a block for float32 and for the widest rows.
 
     python tests/kernels/compile_for_cards.py 80 90        # compute 8.0 and 9.0
 
@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from lowmem.kernels import rms_norm, rope, swiglu
 from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.examples import EXAMPLES
 from lowmem.kernels.grouped_weight import GroupedWeight
@@ -107,6 +108,10 @@ def compiled(capability: int) -> list[dict[str, Any]]:
                     example.run(*arguments)
         for form, factors, lines in PRODUCTS:
             write_product(form, factors, lines)
+        for width in (96, 768, 4096, rms_norm.WIDEST):
+            for dtype in (torch.float32, torch.bfloat16):
+                with forced("triton"):
+                    run_block_kernels(torch.zeros(40, width, dtype=dtype))
     assert {row["operator"] for row in rows} >= {each.kernel.name for each in EXAMPLES}
     return rows
 
@@ -122,6 +127,19 @@ def write_product(form: str, factors: torch.dtype, lines: str) -> None:
     with forced("triton"):
         done = step.write(weight, alpha=0.1, decay=0.1, decay_first=False, seed=1, offset=0)
     assert done
+
+
+def run_block_kernels(x: torch.Tensor) -> None:
+    """Those of norms, rotation and gated unit on (n, h); a head has h / 8 features, at most 256."""
+    weight = torch.ones(x.shape[1], dtype=x.dtype)
+    y, rstd = rms_norm.rms_norm(x, weight, 1e-6)
+    rms_norm.rms_norm_again(x, weight, rstd)
+    rms_norm.rms_norm_backward(y, x, weight, rstd)
+    swiglu.swiglu_backward(swiglu.swiglu(x, y), x, y)
+    heads = x.view(1, len(x), -1, min(256, x.shape[1] // 8))
+    angles = torch.zeros(len(x), heads.shape[-1] // 2)
+    rope.rotate_(heads, angles, angles)
+    rope.rotate_(heads, angles, angles, back=True)
 
 
 def main() -> None:

@@ -3,7 +3,9 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import rms_norm as module
+from lowmem.kernels.dispatch import forced
 from lowmem.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
+from tests.kernels.calls import Calls
 
 SHAPES = [(1, 1), (1, 33), (7, 5), (64, 16)]
 
@@ -62,3 +64,90 @@ def test_gradients_equal_autograd_of_the_formula(
     # float32 sums of up to 64 products; the lone element cancels to nearly nothing
     torch.testing.assert_close(grad.double(), leaves[0].grad, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(grad_weight.double(), leaves[1].grad, rtol=1e-5, atol=1e-5)
+
+
+HURTING = [(0, 8), (1, 1), (17, 96), (300, 33), (2, 8192)]
+BOTH = [torch.float32, torch.bfloat16]
+OFF = {torch.float32: 1e-6, torch.bfloat16: 2**-6}
+"""Relative: a few float32 roundings; a tie met otherwise at either of two roundings to bfloat16."""
+
+
+def hurt(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Over six decades, with a row of zeros and subnormal numbers."""
+    x = (torch.randn(shape) * 10.0 ** torch.randint(-3, 3, shape)).to(dtype)
+    x[1:2] = 0
+    x[2:3, ::2] = 1e-39
+    return x
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("shape", HURTING)
+def test_triton_normalises_as_the_reference(
+    shape: tuple[int, int], dtype: torch.dtype, triton_kernels: torch.device
+) -> None:
+    x, weight = (hurt(each, dtype).to(triton_kernels) for each in (shape, (1, shape[1])))
+    with Calls() as calls:
+        y, rstd = rms_norm(x, weight[0], 1e-6)
+        again = rms_norm_again(x, weight[0], rstd)
+    assert [operator.__name__ for operator, _ in calls.kernels] == [
+        "rms_norm.default",
+        "rms_norm_again.default",
+    ]
+    with forced("reference"):
+        wanted = rms_norm(x, weight[0], 1e-6)[0]
+        from_ours = rms_norm_again(x, weight[0], rstd)
+    exact = (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    torch.testing.assert_close(rstd.double(), exact, rtol=3e-7, atol=0)
+    torch.testing.assert_close(y, wanted, rtol=OFF[dtype], atol=0)
+    assert torch.equal(again, y)
+    assert torch.equal(from_ours, y)  # element by element nothing may differ
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("shape", HURTING)
+def test_triton_makes_the_gradients_of_the_formula_the_same_every_time(
+    shape: tuple[int, int], dtype: torch.dtype, triton_kernels: torch.device
+) -> None:
+    x, grad = (torch.randn(shape).to(triton_kernels, dtype) for _ in range(2))
+    weight = torch.randn(shape[1]).to(triton_kernels, dtype)
+    leaves = x.double().requires_grad_(), weight.double().requires_grad_()
+    formula(*leaves, 1e-6).backward(grad.double())
+    rstd = rms_norm(x, weight, 1e-6)[1]
+    made, again = grad.clone(), grad.clone()
+    grad_weight = rms_norm_backward(made, x, weight, rstd)
+    assert torch.equal(rms_norm_backward(again, x, weight, rstd), grad_weight)
+    assert torch.equal(made, again)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(made.double(), leaves[0].grad, rtol=rounding, atol=2e-5)
+    torch.testing.assert_close(
+        grad_weight.double(), leaves[1].grad, rtol=rounding, atol=1e-5 * max(1, shape[0])
+    )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_triton_leaves_what_is_not_finite_in_its_row(
+    bad: float, triton_kernels: torch.device
+) -> None:
+    x, weight = torch.randn(5, 40).to(triton_kernels), torch.ones(40, device=triton_kernels)
+    x[2, 7] = bad
+    grad = torch.ones_like(x)
+    y, rstd = rms_norm(x, weight, 1e-6)
+    grad_weight = rms_norm_backward(grad, x, weight, rstd)
+    with forced("reference"):
+        wanted, inverse = rms_norm(x, weight, 1e-6)
+        expected = torch.ones_like(x)
+        of_weight = rms_norm_backward(expected, x, weight, inverse)
+    for ours, theirs in ((y, wanted), (grad, expected), (grad_weight, of_weight)):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+        assert ours is grad_weight or ours.isfinite().any()
+
+
+def test_rows_wider_than_a_program_run_in_the_reference(
+    triton_kernels: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WIDEST", 15)
+    x, weight = torch.randn(3, 16).to(triton_kernels), torch.ones(16, device=triton_kernels)
+    with Calls() as calls:
+        y, rstd = rms_norm(x, weight, 1e-6)
+        rms_norm_backward(y, x, weight, rstd)
+    assert not calls.kernels

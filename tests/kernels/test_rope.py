@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from lowmem.kernels.dispatch import forced
 from lowmem.kernels.rope import frequencies, llama3_frequencies, rotate_, tables
+from tests.kernels.calls import Calls
 
 CPU = torch.device("cpu")
 
@@ -57,3 +59,26 @@ def test_frequencies_equal_transformers(width: int) -> None:
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
     ours = llama3_frequencies(frequencies(width, 500000.0, CPU), 8.0, 1.0, 4.0, 64)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 8), (1, 1, 1, 2), (2, 7, 3, 96), (3, 33, 1, 6)])
+def test_triton_turns_as_the_reference_and_takes_no_memory(
+    shape: tuple[int, int, int, int], back: bool, dtype: torch.dtype, triton_kernels: torch.device
+) -> None:
+    rotation = tables(frequencies(shape[-1], 500.0, triton_kernels), shape[1])
+    x = torch.randn(shape).to(triton_kernels, dtype)
+    x.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), 1e-39])[: x.numel()].to(x)
+    ours, theirs = x.clone(), x.clone()
+    with Calls() as calls:
+        assert rotate_(ours, *rotation, back=back) is ours
+    assert [operator.__name__ for operator, _ in calls.kernels] == ["rotate.default"]
+    assert calls.operators == 1
+    with forced("reference"):
+        rotate_(theirs, *rotation, back=back)
+    if triton_kernels.type == "cpu":
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    else:  # where addcmul may fuse otherwise
+        off = 2**-7 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(ours, theirs, rtol=off, atol=1e-6, equal_nan=True)

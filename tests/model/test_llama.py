@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowmem.config.schema import ModelConfig
+from lowmem.kernels.dispatch import forced
 from lowmem.model.llama import Llama
 from tests.model.sinks import Whole
 
@@ -282,3 +283,24 @@ def test_the_embedding_of_frequent_tokens_is_summed_in_float32() -> None:
     ours, theirs = gradients(rough)[name][0].float(), gradients(exact)[name][0]
     # a bf16 sum of 1,024 like terms stops growing at 256 of them
     assert (ours - theirs).norm() / theirs.norm() < 0.02
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles where it could interpret")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_in_the_blocks_changes_nothing_but_roundings(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    exact, _ = pair(recompute="attn:1,full", **SHAPES["grouped"])
+    model = exact.to(dtype)
+    inputs, targets = batch()
+    loss = model.loss(inputs, targets, 7)
+    loss.backward()
+    plain = gradients(model)
+    model.zero_grad()
+    with forced("triton"):
+        ours = model.loss(inputs, targets, 7)
+        ours.backward()
+    bound = {torch.float32: 3e-6, torch.bfloat16: 3e-2}[dtype]  # a few roundings of each dtype
+    torch.testing.assert_close(ours, loss, rtol=bound / 10, atol=0)
+    for name, gradient in gradients(model).items():
+        error = (gradient.double() - plain[name].double()).norm() / plain[name].double().norm()
+        assert error < bound, name

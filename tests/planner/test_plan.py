@@ -74,6 +74,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
         "boundaries": "keep",
         "place": "device",
         "blocks": "device",
+        "compiled": False,
     }
     assert record == {
         "schema_version": 3,
