@@ -115,7 +115,7 @@ EVALUATION = ("--data", "--protocol", "--tokenizer", "--seq-len", "--eval-tokens
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
-_SWITCHES = (
+SWITCHES = (
     ("--skip-bad", "count unreadable lines instead of failing", DATA),
     ("--compile", "torch.compile norms, rotations and gated units of blocks", MEMORY),
 )
@@ -158,10 +158,7 @@ def with_settings(
     shared = [_parameter(s.variable, _option(s), None) for s in settings]
     if files:
         shared += [
-            *(
-                _parameter(_variable(flag), _switch(flag, *rest), False)
-                for flag, *rest in _SWITCHES
-            ),
+            *(_parameter(_variable(flag), _switch(flag, *rest), False) for flag, *rest in SWITCHES),
             _parameter("config", _CONFIG, []),
             _parameter("assignments", _SET, []),
         ]
@@ -185,7 +182,7 @@ def named(*flags: str) -> list[Setting]:
 
 def _given(settings: Iterable[Setting], typed: dict[str, Any]) -> Given:
     flags = {s.key: typed[s.variable] for s in settings if typed[s.variable] is not None}
-    flags |= {FLAGS[flag]: True for flag, *_ in _SWITCHES if typed.get(_variable(flag))}
+    flags |= {FLAGS[flag]: True for flag, *_ in SWITCHES if typed.get(_variable(flag))}
     files, assignments = typed.get("config", []), typed.get("assignments", [])
     return Given(flags, files, assignments, typed["quiet"], typed["verbose"])
 

@@ -8,7 +8,7 @@ import pytest
 
 from lowmem.cli import plan as plan_command
 from lowmem.cli.main import run
-from lowmem.cli.options import SETTINGS, Given
+from lowmem.cli.options import SETTINGS, SWITCHES, Given
 from lowmem.cli.settings import explicit_command, require_fit
 from lowmem.config.flags import FLAGS
 from lowmem.config.load import load
@@ -62,16 +62,19 @@ def test_an_inline_model_stays_in_its_file() -> None:
 
 
 def test_every_configuration_flag_is_an_option() -> None:
-    assert {setting.flag for setting in SETTINGS} | {"--skip-bad"} == set(FLAGS)
+    assert {setting.flag for setting in SETTINGS} | {each[0] for each in SWITCHES} == set(FLAGS)
 
 
 def test_flags_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "--rank 64 --clip off --tokens 1.1B --skip-bad --gap 10 --set run.name=x -q -v"
+    words = (
+        "--rank 64 --clip off --tokens 1.1B --skip-bad --compile --gap 10 --set run.name=x -q -v"
+    )
     config = typed(monkeypatch, words.split())
     assert config.optimizer.rank == 64
     assert config.optimizer.options == {"gap": 10}
     assert (config.train.clip, config.train.tokens) == ("off", 1_100_000_000)
     assert config.data.skip_bad
+    assert config.train.compile
     assert config.run.name == "x"
 
 
