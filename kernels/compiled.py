@@ -10,7 +10,8 @@ may change the weight, so there are calls back into Python between any two produ
 what a compiled graph allocates no rehearsal sees: a piece is small enough that it takes no more
 than the function does by itself, which is what plans count.
 
-On meta the function itself runs.
+On meta the function itself runs. A piece that runs out of memory is not repeated by itself, as
+other calls are (`train/retried.py`): the update is, or the run ends, to be resumed.
 """
 
 import importlib.util
@@ -22,6 +23,8 @@ from typing import Any, TypeVar
 import torch
 import torch.fx.experimental._config as shapes
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from lowmem.errors import HardwareError
 from lowmem.kernels import native
@@ -60,7 +63,9 @@ def run(function: Callable[..., Result], first: Tensor, *rest: Any) -> Result:
     if not _asked[-1] or first.is_meta:
         return function(first, *rest)
     try:
-        return _compiled(function, BACKEND)(first, *rest)
+        # torch.compile refuses to run inside of a dispatch mode.
+        with _disable_current_modes():
+            result = _compiled(function, BACKEND)(first, *rest)
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
@@ -70,6 +75,8 @@ def run(function: Callable[..., Result], first: Tensor, *rest: Any) -> Result:
             lines[0] if lines else repr(error),
             "train.compile = false runs the same without it",
         ) from error
+    # Whoever counts tensors sees what was made: a view has the same memory.
+    return tree_map_only(Tensor, Tensor.detach, result)
 
 
 @cache

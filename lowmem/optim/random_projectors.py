@@ -21,7 +21,7 @@ class RandomNormal:
     """A matrix of independent normal numbers on the shorter side, drawn anew at each refresh.
 
     rank: a number or a fraction of that side s; never above it, where the image would be no
-    smaller than the gradient. State, all numbers: right, side, rank, and the number of the draw.
+    smaller than the gradient. State, all numbers: right, side, rank, and which basis is drawn.
 
     Source: Zhu et al. 2024 (APOLLO), arXiv:2412.05270, Algorithm 1.
     """
@@ -31,10 +31,10 @@ class RandomNormal:
     def init(self, state: State, weight: Tensor, place: Place) -> None:
         side = min(weight.shape)
         state["right"] = int(projects_right("std", weight.shape))
-        state["side"], state["rank"], state["draw"] = side, rank_of(self.rank, side), 0
+        state["side"], state["rank"], state["drawn_basis"] = side, rank_of(self.rank, side), 0
 
     def refresh(self, grad: Tensor, state: State) -> None:
-        state["draw"] = number(state, "draw") + 1
+        state["drawn_basis"] = number(state, "drawn_basis") + 1
 
     def basis(self, state: State, device: torch.device | str = "cpu") -> Tensor:
         """(s, r) float32, not orthonormal."""
@@ -53,4 +53,4 @@ class RandomNormal:
 
 
 def _seed(state: State) -> int:
-    return seed_of(number(state, "seed"), "projection", number(state, "draw"))
+    return seed_of(number(state, "seed"), "projection", number(state, "drawn_basis"))

@@ -498,7 +498,7 @@ def tables(
         for key in optimizer.slots[name].state:
             if key.endswith(".codes"):
                 yield from (("states", table) for table in lookup_tables(device))
-            if key.endswith("basis"):
+            if key.endswith(("basis", "basis.codes")):  # its start is random, or all of it
                 yield "projections", lookup_table(device)
 
 

@@ -79,6 +79,7 @@ def compare(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> None:
             assert error <= BOUND[dtype] * wanted[name].double().norm(), (name, shape)
 
 
+@pytest.mark.slow
 def test_every_piece_is_one_graph_for_all_shapes(
     traced: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

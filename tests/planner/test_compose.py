@@ -8,6 +8,7 @@ import pytest
 
 from lowmem.config.presets import read_preset
 from lowmem.config.schema import MOVE_EARLY, Config, ModelConfig, OptimizerConfig
+from lowmem.kernels import random_normal
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Choice
@@ -72,6 +73,22 @@ def test_composed_is_rehearsed(method: str, mode: str, accumulate: int, attentio
     recompute = RECOMPUTE[(list(METHODS).index(method) + accumulate) % len(RECOMPUTE)]
     composed, rehearsed = both(model(5), choice(method, mode, accumulate, recompute), attention)
     assert composed == rehearsed
+
+
+def test_a_table_counts_once_whoever_makes_it() -> None:
+    """Random numbers look up a table, which their first use in a process makes."""
+    how = replace(choice("galore", "fused+subspace", 2, "full"), method="q_galore", weights="int8")
+    later = both(model(5), how, "flash")
+    random_normal._quantiles.cache_clear()
+    first = both(model(5), how, "flash")  # composed before rehearsed
+    assert first[0] == first[1] == later[0] == later[1]
+
+
+def test_the_table_of_a_drawn_basis_is_counted() -> None:
+    how = choice("apollo", "unfused", 1, "full")
+    job = Job(Config(), find_card("24GB", "cuda"), model(2), how.micro_batch, SEQ_LEN, "flash")
+    whole = rehearse(model(2), job.optimizer(kind_of(how)), how, SEQ_LEN, attention="flash")
+    assert whole.persistent["projections"] == random_normal.lookup_table("cpu").nbytes
 
 
 @pytest.mark.parametrize(

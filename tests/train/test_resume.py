@@ -173,6 +173,20 @@ def test_sums_of_every_format_resume_bit_for_bit(
     assert (hashes(whole) == hashes(exact)) == (sums == "host")
 
 
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bit_for_bit(tiny_config: MakeConfig, tiny_corpus: Corpus) -> None:
+    how = {"compile": True, "micro_batch": 3}  # 3 + 3 + 2 sequences
+    config = ready(tiny_config(optimizer={"method": "adamw"}, train=how))
+    whole = Run.create(in_folder(config, "whole"), None)
+    train(whole, tiny_corpus, silent)
+    cut = Run.create(in_folder(config, "cut"), None)
+    with pytest.raises(Stopped, match="SIGTERM after 3 updates"):
+        train(cut, tiny_corpus, stop_after(2))
+    train(Run.open(cut.folder), tiny_corpus, silent)
+    assert told(cut) == told(whole)
+    assert hashes(cut) == hashes(whole)
+
+
 @pytest.mark.parametrize("rest", ["adam8bit", "apollo_mini"])
 @pytest.mark.parametrize("mode", MODES)
 def test_ends_in_codes_resume_bit_for_bit(

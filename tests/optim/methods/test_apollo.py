@@ -157,7 +157,7 @@ def test_a_resumed_run_has_the_same_projection(name: str) -> None:
     first, second = optimizer("b", "a"), optimizer("a", "b")
     advance(first)
     second.restore(iter(first.state_tensors()), first.state_numbers(), first.updates)
-    assert first.slots["a"].state["draw"] == 2
+    assert first.slots["a"].state["drawn_basis"] == 2
     one, two = (method.projector.basis(each.slots["a"].state) for each in (first, second))
     assert torch.equal(one, two)
 
