@@ -182,6 +182,8 @@ def test_what_only_tests_need_is_imported_by_tests_only() -> None:
         f"{found.place}: {found.module}"
         for found in IMPORTS
         if found.module.partition(".")[0] in NOT_AT_RUN_TIME
+        # `lowmem bench optimizer` times those that are installed beside ours.
+        and not (found.importer == "cli.bench_peers" and found.deferred)
     ]
     assert wrong == []
 
