@@ -39,13 +39,13 @@ def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     """Uninitialised host memory, pinned if the device is a card; on meta without memory.
 
     Whole pages, so that exactly these are pinned: PyTorch's own pinned memory is rounded up to a
-    power of two. To pin takes time, and to let go waits for the device: keep it for the run.
+    power of two. To pin takes time, and to let go waits for the device: keep it for the run. Any
+    thread may ask; the phase HOST is the caller's to open, for phases are those of the training.
     """
     count = torch.Size(shape).numel() * dtype.itemsize
     pages = max(1, -(-count // _PAGE)) * _PAGE
     where = "meta" if device.type == "meta" else "cpu"
-    with phase(HOST):
-        memory = torch.empty(pages + _PAGE, dtype=torch.uint8, device=where)
+    memory = torch.empty(pages + _PAGE, dtype=torch.uint8, device=where)
     start = -memory.data_ptr() % _PAGE
     if device.type == "cuda":
         _pin(memory, start, pages)
@@ -84,8 +84,9 @@ class Transfers:
         return self.host(tuple(tensor.shape), tensor.dtype)
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """`host_memory` for this device."""
-        return host_memory(shape, dtype, self.device)
+        """`host_memory` for this device, in the phase HOST."""
+        with phase(HOST):
+            return host_memory(shape, dtype, self.device)
 
     def fetch(self, host: Tensor) -> Coming:
         """Begin to copy it to the device."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem.planner.rehearse import LiveBytes
-from lowmem.transfers import Transfers
+from lowmem.transfers import Transfers, host_memory
 
 PAGE = 4096
 
@@ -86,3 +86,11 @@ def test_what_leaves_may_be_forgotten_at_once() -> None:
     transfers.settle()
     transfers.wait()
     assert [each[::4096].unique().tolist() for each in kept] == [[float(v)] for v in range(8)]
+
+
+def test_memory_for_a_copy_behind_the_training_leaves_its_phases_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A phase that another thread opened would name what the training makes meanwhile."""
+    monkeypatch.setattr("lowmem.transfers.phase", lambda name: pytest.fail(f"opened {name}"))
+    assert host_memory((3, 5), torch.bfloat16, torch.device("cpu")).shape == (3, 5)

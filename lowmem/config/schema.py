@@ -55,13 +55,13 @@ Size = Annotated[int, Field(ge=1, le=10**9)]
 Index = Annotated[int, Field(ge=0, le=10**9)]
 """A number of updates that may be none, or the id of a token."""
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=10**18)]
+Count = Annotated[int, Field(ge=1, le=10**18), BeforeValidator(parse_count)]
 """A positive number that may be written "1.1B" or "131k"."""
 
 Recompute = Annotated[str, AfterValidator(checked)]
 """A level, or levels from the last block downwards: see `config/recompute.py`."""
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0), BeforeValidator(parse_bytes)]
 """Memory that may be written "300MiB"."""
 
 Rank = Size | Annotated[float, Field(gt=0.0, lt=1.0)]

@@ -119,10 +119,10 @@ def matrix_state(case: Case, m: int, n: int) -> int:
 
 
 def tables(case: Case) -> int:
-    """Of 8-bit codes, for either sign 256 values and 5890 buckets; quantiles of a first basis."""
+    """Of 8-bit codes, for either sign 256 values and 5890 buckets; quantiles of a random basis."""
     eight_bit = "8bit" in (case.moments, case.rest)
-    has_basis = case.method in ("galore", "fira", "frugal", "natural_galore", "cosmos")
-    return (2 * (1024 + r5(4 * 5890)) if eight_bit else 0) + (4 * 2**16 if has_basis else 0)
+    drawn = case.method != "adamw"
+    return (2 * (1024 + r5(4 * 5890)) if eight_bit else 0) + (4 * 2**16 if drawn else 0)
 
 
 def persistent(case: Case) -> int:
