@@ -1,5 +1,4 @@
-"""Up to how many tokens a product with a weight in codes reads the codes; without torch, so that an
-estimate of time knows it too.
+"""Up to how many tokens a product with a weight in codes reads the codes.
 
 A program of the kernel makes floats for its own tile of tokens: many tokens make them many times
 over, where by slices of the weight they are made once. Few tokens wait for the weight, of which

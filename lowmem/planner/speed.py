@@ -16,7 +16,6 @@ from lowmem.config.defaults import with_updates
 from lowmem.config.recompute import Level, keeps_attention, keeps_mlp, levels_of
 from lowmem.config.schema import Config, ModelConfig, OptimizerConfig
 from lowmem.errors import ConfigError
-from lowmem.kernels.few_tokens import reads_codes
 from lowmem.planner.plan import Card, Choice, Rates, Speed
 from lowmem.units import format_count, format_span
 
@@ -286,9 +285,9 @@ def micro_batch(model: ModelConfig, choice: Choice, tokens: float, seq_len: int)
     yield _product(tokens, f, h, 2 * (3 * blocks + again))
     yield _product(tokens, h, f, 3 * blocks)
 
-    # Forward, input gradient, and what is computed again. Few tokens read codes alone, which are
-    # half the bytes that their products are counted with.
-    if choice.weights == "int8" and not reads_codes(tokens):
+    # Forward, input gradient, and what is computed again; of few tokens too, whose kernel reads
+    # codes alone: nobody has measured it, and it must not make a plan prefer small micro-batches.
+    if choice.weights == "int8":
         attention = 2 * (q + kv) * h * (2 * blocks + attends)
         elements = attention + 2 * f * h * (2 * blocks + again) + h * f * 2 * blocks
         yield Op("dequantisation", "traffic", 0, _ACTIVATION * PASSES["codes"] * elements)

@@ -19,7 +19,6 @@ from lowmem.config.presets import read_preset
 from lowmem.config.recompute import Level
 from lowmem.config.schema import Config, Logits, ModelConfig, OptimizerConfig
 from lowmem.errors import ConfigError
-from lowmem.kernels import few_tokens
 from lowmem.kernels.dispatch import forced
 from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.kernels.linear_cross_entropy import cross_entropy, cross_entropy_backward
@@ -220,11 +219,8 @@ def test_codes_become_floats_as_often_as_is_counted(
     inputs = torch.randint(0, 320, (2, 64))
     llama.loss(inputs, inputs, 128).backward()
     choice = replace(CHOICE, recompute=level, weights="int8")
-    monkeypatch.setattr(few_tokens, "MOST_TOKENS", 127)
     (op,) = (op for op in micro_batch(SMALL, choice, 128, 64) if op.part == "dequantisation")
     assert op.bytes * op.times == 2 * PASSES["codes"] * sum(seen)
-    monkeypatch.setattr(few_tokens, "MOST_TOKENS", 128)  # the kernel makes them in registers
-    assert "dequantisation" not in {op.part for op in micro_batch(SMALL, choice, 128, 64)}
 
 
 @pytest.mark.parametrize(("method", "passes"), [("adamw", 1), ("sophia", 1.1)])
@@ -243,7 +239,7 @@ def test_codes_cost_time() -> None:
     """To make them floats; with more tokens per micro-batch, less of it."""
     model = read_preset("llama-7b")
     shares = []
-    for micro in (2, 64, 1):
+    for micro in (1, 64):
         choice = replace(CHOICE, micro_batch=micro, accumulate=64 // micro)
         coded, plain = (
             speed_on("rtx4090", model, replace(choice, weights=weights)).seconds_per_update
@@ -252,7 +248,6 @@ def test_codes_cost_time() -> None:
         shares.append(coded / plain - 1)
     assert shares[0] > 0.2
     assert 0 < shares[1] < 0.05
-    assert shares[2] < 0  # 256 tokens read codes alone
 
 
 BROAD = read_preset("llama-60m").model_copy(update={"num_hidden_layers": 1})
