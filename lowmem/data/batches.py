@@ -50,15 +50,16 @@ class UpdateBatch:
             for part in self.rows.split(size):
                 yield part[:, :-1].contiguous(), part[:, 1:].contiguous()
             return
-        rows, lengths = self.rows, self.lengths
-        if self.by_length:
-            lengths, order = lengths.sort(stable=True)
-            rows = rows.index_select(0, order)
-        is_padding = torch.arange(1, rows.shape[1]) >= lengths[:, None]
-        targets = rows[:, 1:].masked_fill(is_padding, IGNORED)
+        rows, lengths = self.rows.numpy(), self.lengths.numpy()
+        order = np.argsort(lengths, kind="stable") if self.by_length else np.arange(len(rows))
+        columns = np.arange(1, rows.shape[1])
         for start in range(0, len(rows), size):
-            part, longest = slice(start, start + size), int(lengths[start : start + size].max())
-            yield rows[part, :longest].contiguous(), targets[part, :longest].contiguous()
+            own = order[start : start + size]
+            longest = int(lengths[own].max())
+            part = rows[own, : longest + 1]  # no more columns than some row needs
+            inputs, targets = part[:, :-1].copy(), part[:, 1:].copy()
+            targets[columns[:longest] >= lengths[own, None]] = IGNORED
+            yield torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def digest(self) -> str:
         """sha256 of the tokens, to prove that a resumed run continues with the same batch."""

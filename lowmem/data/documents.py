@@ -84,7 +84,8 @@ def padded(
     runs = zip([0, *breaks], [*breaks, len(documents)], strict=True)
     text = [stream.read(int(starts[a]), int(stops[b - 1] - starts[a])) for a, b in runs]
     rows = np.zeros((len(documents), seq_len + 1), np.int64)
-    rows[np.arange(seq_len + 1) < lengths[:, None]] = np.concatenate(text)
+    filled = text[0] if len(text) == 1 else np.concatenate(text)
+    rows[np.arange(seq_len + 1) < lengths[:, None]] = filled
     return UpdateBatch(torch.from_numpy(rows), tokens, torch.from_numpy(lengths), by_length)
 
 

@@ -114,7 +114,7 @@ class TokenStream:
         """Where each document begins, and the end of the last: (documents + 1,) int64, mapped."""
         if self._starts_file is None:
             raise ValueError(f"{self.folder} has no index of documents")
-        return np.memmap(self.folder / self._starts_file, "<i8", "r")
+        return np.asarray(np.memmap(self.folder / self._starts_file, "<i8", "r"))
 
     @cached_property
     def counts(self) -> np.ndarray:
