@@ -79,6 +79,20 @@ def hashes(run: Run) -> dict[str, str]:
 
 
 MODES = ("unfused", "fused+subspace", "fused", "layer-major")
+
+
+def check_a_cut_changes_nothing(config: Config, corpus: Corpus) -> None:
+    """Stopped after three updates and resumed, a run has the same losses and files."""
+    whole = Run.create(in_folder(config, "whole"), None)
+    train(whole, corpus, silent)
+    cut = Run.create(in_folder(config, "cut"), None)
+    with pytest.raises(Stopped, match="SIGTERM after 3 updates"):
+        train(cut, corpus, stop_after(2))
+    train(Run.open(cut.folder), corpus, silent)
+    assert told(cut) == told(whole)
+    assert hashes(cut) == hashes(whole)
+
+
 CASES = [  # of codes one method is enough for every day, and of the last mode bf16
     pytest.param(*case, marks=pytest.mark.slow)
     if (case[2] == "int8" and case[0] != "galore-8bit")
@@ -126,14 +140,7 @@ def test_every_method_resumes_bit_for_bit(
     settings = {key: value for key, value in small.items() if key in arguments}
     how = {"weights": "fp32" if method == "adahessian" else "bf16"}
     config = ready(tiny_config(optimizer={"method": method} | settings, train=how))
-    whole = Run.create(in_folder(config, "whole"), None)
-    train(whole, tiny_corpus, silent)
-    cut = Run.create(in_folder(config, "cut"), None)
-    with pytest.raises(Stopped, match="SIGTERM after 3 updates"):
-        train(cut, tiny_corpus, stop_after(2))
-    train(Run.open(cut.folder), tiny_corpus, silent)
-    assert told(cut) == told(whole)
-    assert hashes(cut) == hashes(whole)
+    check_a_cut_changes_nothing(config, tiny_corpus)
 
 
 @pytest.mark.parametrize(
@@ -177,14 +184,7 @@ def test_sums_of_every_format_resume_bit_for_bit(
 def test_a_compiled_run_resumes_bit_for_bit(tiny_config: MakeConfig, tiny_corpus: Corpus) -> None:
     how = {"compile": True, "micro_batch": 3}  # 3 + 3 + 2 sequences
     config = ready(tiny_config(optimizer={"method": "adamw"}, train=how))
-    whole = Run.create(in_folder(config, "whole"), None)
-    train(whole, tiny_corpus, silent)
-    cut = Run.create(in_folder(config, "cut"), None)
-    with pytest.raises(Stopped, match="SIGTERM after 3 updates"):
-        train(cut, tiny_corpus, stop_after(2))
-    train(Run.open(cut.folder), tiny_corpus, silent)
-    assert told(cut) == told(whole)
-    assert hashes(cut) == hashes(whole)
+    check_a_cut_changes_nothing(config, tiny_corpus)
 
 
 @pytest.mark.parametrize("rest", ["adam8bit", "apollo_mini"])
@@ -195,14 +195,7 @@ def test_ends_in_codes_resume_bit_for_bit(
     how = {"update": mode, "weights": "int8", "ends": "int8"}
     optimizer = {"method": "apollo_mini", "gap": 2, "rest": {"method": rest}}
     config = ready(tiny_config(optimizer=optimizer, train=how))
-    whole = Run.create(in_folder(config, "whole"), None)
-    train(whole, tiny_corpus, silent)
-    cut = Run.create(in_folder(config, "cut"), None)
-    with pytest.raises(Stopped, match="SIGTERM after 3 updates"):
-        train(cut, tiny_corpus, stop_after(2))
-    train(Run.open(cut.folder), tiny_corpus, silent)
-    assert told(cut) == told(whole)
-    assert hashes(cut) == hashes(whole)
+    check_a_cut_changes_nothing(config, tiny_corpus)
 
 
 def test_metrics_beyond_the_checkpoint_are_made_again(
