@@ -68,6 +68,7 @@ SETTINGS = (
     Setting("--recompute", "LEVEL", "what blocks keep for backward: keep, attn, full", MEMORY),
     Setting("--logits", "WAY", "keep them for backward, or recompute them: the same bits", MEMORY),
     Setting("--attention", "sdpa|flash-attn", "whose attention kernel", MEMORY),
+    Setting("--matmul", "exact|int8|fp8", "products of the linear layers of blocks", MEMORY),
     Setting("--micro-batch", "N", "sequences per forward pass", MEMORY),
     Setting("--method", "NAME", "see `lowmem methods`", OPTIMIZER),
     Setting("--rank", "N|0.25", "of the subspace: a number, or a fraction of a side", OPTIMIZER),

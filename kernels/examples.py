@@ -5,7 +5,7 @@ for example in EXAMPLES:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from lowmem.kernels import (
     int8_linear,
     rms_norm,
     rope,
+    scaled_matmul,
     scaled_write,
     swiglu,
     unproject_write,
@@ -31,6 +32,7 @@ from lowmem.kernels.limited_scales import SCALES, limited_scales
 from lowmem.kernels.newton_schulz import SYMMETRIC, symmetric_product
 from lowmem.kernels.random_normal import NORMAL, normal
 from lowmem.kernels.rounding import ROUND, hashed_bits, round_into
+from lowmem.kernels.scaled_matmul import EightBit
 from lowmem.kernels.scaled_write import Scaled
 from lowmem.kernels.unproject_write import Product
 
@@ -261,6 +263,27 @@ def _symmetric(x: Tensor, added: Tensor) -> Tensors:
     )
 
 
+def _two_matrices(elements: int, device: torch.device) -> Tensors:
+    """Of about so many elements together, bfloat16, rows as long as high as both."""
+    side = max(1, math.isqrt(elements // 2))
+    first, second = (_numbers(side * side, seed, device).view(side, side) for seed in (1, 2))
+    return _halves(first, second)
+
+
+def _eight_bit(matrix: Tensor) -> Sequence[EightBit]:
+    """What the device multiplies in; a plain CPU is asked for one of both."""
+    return ("int8", "fp8") if matrix.is_cuda and scaled_matmul.multiplies_fp8() else ("int8",)
+
+
+def _quantized(make: Callable[[Tensor, EightBit], Tensors], matrix: Tensor) -> Tensors:
+    made = [each for kind in _eight_bit(matrix) for each in make(matrix, kind)]
+    return tuple(each if each.dtype == torch.float32 else each.view(torch.int8) for each in made)
+
+
+def _scaled_products(x: Tensor, weight: Tensor) -> Tensors:
+    return tuple(scaled_matmul.linear(x, weight, kind, x) for kind in _eight_bit(x))
+
+
 _TOKENS = 64  # of which a card reads a weight at the speed of its memory
 
 
@@ -359,6 +382,25 @@ EXAMPLES = [
         _symmetric,
         bytes=(2 * (1 + 0.5 + 0.5) + 2 * (1 + 2)) / 16,  # but products take longer
         tolerance=2**-8,  # as above
+    ),
+    *(
+        Example(
+            kernel,
+            lambda elements, device: _halves(_matrix(elements, 1, device)),
+            partial(_quantized, make),
+            bytes=3,
+        )
+        for kernel, make in (
+            (scaled_matmul.ROW_CODES, scaled_matmul.row_codes),
+            (scaled_matmul.COLUMN_CODES, scaled_matmul.column_codes),
+        )
+    ),
+    Example(
+        scaled_matmul.PRODUCT,
+        _two_matrices,
+        _scaled_products,
+        bytes=4,  # but products take longer
+        tolerance=2**-8,  # of fp8: sums in another order
     ),
     Example(
         unproject_write.WRITE,

@@ -33,6 +33,7 @@ FLAGS = {
     "--logits": "train.logits",
     "--attention": "train.attention",
     "--compile": "train.compile",
+    "--matmul": "train.matmul",
     "--clip": "train.clip",
     "--weights": "train.weights",
     "--ends": "train.ends",

@@ -26,6 +26,7 @@ StepLaw = Literal["step-law"]
 StateFormat = Literal["fp32", "bf16", "8bit"]
 WeightFormat = Literal["fp32", "bf16", "int8"]
 Ends = Literal["exact", "int8"]
+Matmul = Literal["exact", "int8", "fp8"]
 UpdateMode = Literal["unfused", "fused+subspace", "fused", "layer-major"]
 MOVE_EARLY: tuple[UpdateMode, ...] = ("fused", "layer-major")
 """Modes in which weights change before the whole gradient, and so its norm, is known."""
@@ -318,6 +319,11 @@ class TrainConfig(Section):
     compile: bool = Field(
         default=False,
         description="torch.compile the norms, rotations and gated units of every block",
+    )
+    matmul: Matmul = Field(
+        default="exact",
+        description="products of the linear layers of blocks, but for the gradients of weights, in "
+        "the dtype of the activations, or in int8 or fp8 with a scale per row",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="of weights, data order and rounding"

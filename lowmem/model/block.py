@@ -59,6 +59,7 @@ class Linear(nn.Module):
 
 
 AnyLinear = Linear | Int8Linear
+LinearType = Callable[..., AnyLinear]  # (inputs, outputs, bias, dtype, device)
 
 
 class Norm(nn.Module):
@@ -72,25 +73,25 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """The four projections of grouped-query attention."""
 
-    def __init__(self, config: ModelConfig, linear: type[AnyLinear], **where: Any) -> None:
+    def __init__(self, config: ModelConfig, linear: LinearType, **where: Any) -> None:
         super().__init__()
         h, kv, bias = config.hidden_size, config.key_value_width, config.attention_bias
         width = config.num_attention_heads * config.head_dim
-        self.q_proj: AnyLinear = linear(h, width, bias, **where)
-        self.k_proj: AnyLinear = linear(h, kv, bias, **where)
-        self.v_proj: AnyLinear = linear(h, kv, bias, **where)
-        self.o_proj: AnyLinear = linear(width, h, bias, **where)
+        self.q_proj: AnyLinear = linear(h, width, bias=bias, **where)
+        self.k_proj: AnyLinear = linear(h, kv, bias=bias, **where)
+        self.v_proj: AnyLinear = linear(h, kv, bias=bias, **where)
+        self.o_proj: AnyLinear = linear(width, h, bias=bias, **where)
 
 
 class Mlp(nn.Module):
     """The three projections of the gated MLP."""
 
-    def __init__(self, config: ModelConfig, linear: type[AnyLinear], **where: Any) -> None:
+    def __init__(self, config: ModelConfig, linear: LinearType, **where: Any) -> None:
         super().__init__()
         h, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj: AnyLinear = linear(h, f, bias, **where)
-        self.up_proj: AnyLinear = linear(h, f, bias, **where)
-        self.down_proj: AnyLinear = linear(f, h, bias, **where)
+        self.gate_proj: AnyLinear = linear(h, f, bias=bias, **where)
+        self.up_proj: AnyLinear = linear(h, f, bias=bias, **where)
+        self.down_proj: AnyLinear = linear(f, h, bias=bias, **where)
 
 
 class Block(nn.Module):
@@ -104,7 +105,7 @@ class Block(nn.Module):
         config: ModelConfig,
         index: int,
         backend: Backend,
-        linear: type[AnyLinear],
+        linear: LinearType,
         compiled: bool,
         **where: Any,
     ) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.config.recompute import levels_of
-from lowmem.config.schema import BoundaryPlace, ModelConfig, StatePlace, WeightFormat
+from lowmem.config.schema import BoundaryPlace, Matmul, ModelConfig, StatePlace, WeightFormat
 from lowmem.kernels import rope
 from lowmem.kernels.attention import Backend, choose_backend
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight, float_rows
@@ -30,6 +30,7 @@ from lowmem.model.ends import EmbeddingStep, LossStep, embedded
 from lowmem.model.int8 import GROUP, Int8Linear
 from lowmem.model.layer_major import MicroBatches, layer_major_loss
 from lowmem.model.residence import Residence
+from lowmem.model.scaled import layer_type
 from lowmem.model.sink import GradientSink, ParameterGrads
 from lowmem.naming import seed_of
 from lowmem.phases import phase
@@ -62,11 +63,13 @@ class Decoder(nn.Module):
         device: torch.device,
         home: torch.device,
         compiled: bool,
+        matmul: Matmul,
     ) -> None:
         """home: of the blocks."""
         super().__init__()
         h, where = config.hidden_size, {"dtype": dtype, "device": device}
-        end, linear = (Int8Linear if coded else Linear for coded in (int8_ends, int8))
+        end = Int8Linear if int8_ends else Linear
+        linear = layer_type(int8=int8, matmul=matmul)
         self.embed_tokens = end(h, config.vocab_size, bias=False, dtype=dtype, device=device)
         indices = range(config.num_hidden_layers)
         there = {"dtype": dtype, "device": home}
@@ -91,7 +94,7 @@ class Llama(nn.Module):
     twice. attention: "auto" takes the device's own; on meta it names the rehearsed one. boundaries:
     where the inputs of blocks wait for their backward. blocks: where their weights live; from the
     host they come for their use, in layer-major order and evaluation. compiled: the element-wise
-    pieces of blocks are.
+    pieces of blocks are. matmul: how the products of their linear layers are made.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Llama(nn.Module):
         boundaries: BoundaryPlace = "keep",
         blocks: StatePlace = "device",
         compiled: bool = False,
+        matmul: Matmul = "exact",
     ) -> None:
         super().__init__()
         device = torch.device(device)
@@ -117,7 +121,9 @@ class Llama(nn.Module):
         self.recompute, self.keep_logits = recompute, keep_logits
         self.backend = choose_backend(attention, device, dtype, config.head_dim)
         home = torch.device("cpu") if blocks == "host" and device.type == "cuda" else device
-        self.model = Decoder(config, self.backend, int8, int8_ends, dtype, device, home, compiled)
+        self.model = Decoder(
+            config, self.backend, int8, int8_ends, dtype, device, home, compiled, matmul
+        )
         self.residence: Residence | None = None
         if blocks == "host":
             self.residence = Residence(self.blocks, Transfers(device))

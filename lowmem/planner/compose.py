@@ -239,6 +239,7 @@ def model_bytes(model: ModelConfig, choice: Choice, seq_len: int, attention: str
         boundaries=choice.boundaries,
         blocks=choice.blocks,
         compiled=choice.compiled,
+        matmul=choice.matmul,
     )
     recorder = _Recorder(llama, scratch=attention != "cpu")
     listener = _Listener(recorder, choice.update)

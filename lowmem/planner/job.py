@@ -124,6 +124,7 @@ class Job:
             way.place,
             way.blocks,
             self.config.train.compile,
+            self.config.train.matmul,
         )
 
     def optimizer(self, kind: Kind) -> OptimizerConfig:

@@ -14,6 +14,7 @@ from lowmem.config.schema import (
     Config,
     Ends,
     Logits,
+    Matmul,
     StatePlace,
     SumFormat,
     UpdateMode,
@@ -105,6 +106,7 @@ class Choice:
     place: StatePlace = "device"  # of states
     blocks: StatePlace = "device"  # of their weights
     compiled: bool = False  # element-wise pieces of blocks
+    matmul: Matmul = "exact"  # of their linear layers
 
     def sentence(self) -> str:
         """One line for people, from the method to the micro-batch."""
@@ -112,6 +114,7 @@ class Choice:
         ends = " and ends" if self.ends == "int8" else ""
         logits = ", logits kept" if self.logits == "keep" else ""
         logits += ", compiled" if self.compiled else ""
+        logits += f", {self.matmul} products" if self.matmul != "exact" else ""
         summed = "" if self.sums in ("fp32", "host") else f", {self.sums} sums"
         away = [name for name, where in self.away() if where == "host"]
         host = f", {', '.join(away)} on the host" if away else ""

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lowmem.config.schema import (
     BoundaryPlace,
     Ends,
+    Matmul,
     ModelConfig,
     OptimizerConfig,
     StatePlace,
@@ -362,6 +363,7 @@ def rehearse(
         boundaries=choice.boundaries,
         blocks=choice.blocks,
         compiled=choice.compiled,
+        matmul=choice.matmul,
     )
     with standing_for(attention):
         owner = optimizer_on_meta(llama, optimizer, choice.update, choice.sums, choice.place)
@@ -403,6 +405,7 @@ def model_on_meta(
     boundaries: BoundaryPlace = "keep",
     blocks: StatePlace = "device",
     compiled: bool = False,
+    matmul: Matmul = "exact",
 ) -> Llama:
     """The very model that would be trained, without memory."""
     return Llama(
@@ -417,6 +420,7 @@ def model_on_meta(
         boundaries=boundaries,
         blocks=blocks,
         compiled=compiled,
+        matmul=matmul,
     )
 
 

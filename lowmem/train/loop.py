@@ -21,6 +21,7 @@ from lowmem.data.shards import Corpus, TokenStream
 from lowmem.errors import ConfigError, DataError, DivergedError, HardwareError, Stopped, short
 from lowmem.kernels.attention import choose_backend
 from lowmem.kernels.compiled import compiles
+from lowmem.kernels.scaled_matmul import multiplies_fp8
 from lowmem.model.huggingface import folder_weights
 from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.assign import build_optimizer
@@ -286,6 +287,12 @@ def require_hardware(config: Config) -> None:
             "bf16 needs compute capability 8.0 (Ampere) or newer",
             "--weights fp32",
         )
+    if config.train.matmul == "fp8" and device == "cuda" and not multiplies_fp8():
+        raise HardwareError(
+            f'train.matmul = "fp8", but {torch.cuda.get_device_name()} has no products in fp8',
+            "they need compute capability 8.9 (Ada) or newer",
+            "--matmul int8 or --matmul exact",
+        )
     if config.train.compile and not compiles(torch.device(device)):
         raise HardwareError(
             f"train.compile = true on {device}, where torch.compile has no compiler",
@@ -331,6 +338,7 @@ def declared(config: Config, device: str) -> tuple[Llama, Optimizer]:
         boundaries="host" if config.train.boundaries == "host" else "keep",
         blocks="host" if config.train.blocks == "host" else "device",
         compiled=config.train.compile,
+        matmul=config.train.matmul,
     )
     optimizer = build_optimizer(
         config.optimizer,

@@ -200,6 +200,7 @@ def test_kernels_are_timed_beside_a_copy(
     products = record["int8_products"]
     assert {row["product"] for row in products} == {"x W'", "grad W"}
     assert all(row["slices"] > 0 and row["floats"] > 0 for row in products)
+    assert record["device"] != "cpu" or all(row["int8"] > 0 and row["fp8"] > 0 for row in products)
     assert all((row["codes"] is None) == (record["device"] == "cpu") for row in products)
     assert run(["bench", "kernels"]) == 0
     out = capsys.readouterr().out

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from lowmem.kernels import rms_norm, rope, swiglu
+from lowmem.kernels import rms_norm, rope, scaled_matmul, swiglu
 from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.examples import EXAMPLES
 from lowmem.kernels.grouped_weight import GroupedWeight
@@ -42,6 +42,7 @@ PRODUCTS: list[tuple[str, torch.dtype, str]] = [
 SIZES = {
     "int8_linear": (5041, 2**14),
     "int8_input_gradient": (5041, 2**14),
+    "scaled_product": (20, 5041, 2**18),
     "symmetric_product": (5000, 2**15),
 }
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -108,6 +109,8 @@ def compiled(capability: int) -> list[dict[str, Any]]:
                     example.run(*arguments)
         for form, factors, lines in PRODUCTS:
             write_product(form, factors, lines)
+        if capability >= 89:
+            multiply_in_fp8()
         for width in (96, 768, 4096, rms_norm.WIDEST):
             for dtype in (torch.float32, torch.bfloat16):
                 with forced("triton"):
@@ -127,6 +130,14 @@ def write_product(form: str, factors: torch.dtype, lines: str) -> None:
     with forced("triton"):
         done = step.write(weight, alpha=0.1, decay=0.1, decay_first=False, seed=1, offset=0)
     assert done
+
+
+def multiply_in_fp8() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(200, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        with forced("triton"):
+            scaled_matmul.linear(x, weight, "fp8", x)
+            scaled_matmul.input_gradient(x[:5], weight, "fp8")
 
 
 def run_block_kernels(x: torch.Tensor) -> None:

@@ -83,6 +83,7 @@ def test_a_strided_tensor_is_refused(example: Example, triton_kernels: torch.dev
 MULTIPLIES = {
     "int8_input_gradient",
     "int8_linear",
+    "scaled_product",
     "symmetric_product",
     "unproject_write",
     "unproject_write_codes",

@@ -75,6 +75,15 @@ def test_composed_is_rehearsed(method: str, mode: str, accumulate: int, attentio
     assert composed == rehearsed
 
 
+@pytest.mark.parametrize(("matmul", "mode"), [("int8", "unfused"), ("fp8", "fused+subspace")])
+def test_products_in_8_bits_compose(matmul: Any, mode: str) -> None:
+    how = choice("apollo", mode, 2, "attn:2,full")
+    small = model(5, vocab_size=64)  # so that blocks make the peak
+    composed, rehearsed = both(small, replace(how, matmul=matmul), "cpu")
+    assert composed == rehearsed
+    assert composed > both(small, how, "cpu")[0]
+
+
 def test_a_table_counts_once_whoever_makes_it() -> None:
     """Random numbers look up a table, which their first use in a process makes."""
     how = replace(choice("galore", "fused+subspace", 2, "full"), method="q_galore", weights="int8")

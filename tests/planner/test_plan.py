@@ -75,6 +75,7 @@ def test_the_published_form_has_these_keys_and_no_others() -> None:
         "place": "device",
         "blocks": "device",
         "compiled": False,
+        "matmul": "exact",
     }
     assert record == {
         "schema_version": 3,

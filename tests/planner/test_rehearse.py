@@ -71,6 +71,7 @@ def real_update(
         keep_logits=how.logits == "keep",
         boundaries=how.boundaries,
         blocks=how.blocks,
+        matmul=how.matmul,
     )
     model.initialise(0)
     optimizer = build_optimizer(
@@ -253,6 +254,22 @@ def test_codes_are_made_floats_slice_by_slice_on_meta_as_in_fact(
     how = choice(mode, level, "int8", accumulate)
     rehearsed = rehearse(MODEL, optimizer, how, 32, attention="cpu")
     assert rehearsed.tensors == real_peak(optimizer, how, 32)
+
+
+@pytest.mark.parametrize("matmul", ["int8", "fp8"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("mode", "level"), [("fused", "keep"), ("unfused", "full")])
+def test_products_in_8_bits_are_rehearsed_to_the_byte(
+    mode: Any, level: str, weights: Any, matmul: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SLICE_ELEMENTS, "cpu", 2048)
+    shape = MODEL.model_copy(update={"vocab_size": 50})  # so that blocks make the peak
+    how = replace(choice(mode, level, weights, 2 if mode == "unfused" else 1), matmul=matmul)
+    config = OptimizerConfig.model_validate(METHODS["adamw"])
+    rehearsed = rehearse(shape, config, how, 20, attention="cpu").tensors
+    assert rehearsed == real_peak(config, how, 20, shape)
+    exact = rehearse(shape, config, replace(how, matmul="exact"), 20, attention="cpu").tensors
+    assert mode == "fused" or rehearsed > exact  # with the gradients of all, a forward is highest
 
 
 def test_weights_in_codes_are_counted_as_they_are_stored() -> None:

@@ -198,6 +198,24 @@ def test_ends_in_codes_resume_bit_for_bit(
     check_a_cut_changes_nothing(config, tiny_corpus)
 
 
+@pytest.mark.parametrize("matmul", ["int8", "fp8"])
+def test_products_in_8_bits_resume_bit_for_bit(
+    matmul: str, tiny_config: MakeConfig, tiny_corpus: Corpus
+) -> None:
+    config = ready(tiny_config(train={"matmul": matmul}))
+    whole = Run.create(in_folder(config, "whole"), None)
+    train(whole, tiny_corpus, silent)
+    cut = Run.create(in_folder(config, "cut"), None)
+    with pytest.raises(Stopped, match="SIGTERM after 3 updates"):
+        train(cut, tiny_corpus, stop_after(2))
+    train(Run.open(cut.folder), tiny_corpus, silent)
+    assert told(cut) == told(whole)
+    assert hashes(cut) == hashes(whole)
+    exact = Run.create(in_folder(ready(tiny_config()), "exact"), None)
+    train(exact, tiny_corpus, silent)
+    assert hashes(exact) != hashes(whole)
+
+
 def test_metrics_beyond_the_checkpoint_are_made_again(
     tiny_config: MakeConfig, tiny_corpus: Corpus
 ) -> None:
