@@ -28,14 +28,15 @@ from lowmem.kernels.slices import flat_slices
 from lowmem.naming import seed_of
 from lowmem.optim.formats import BFloat16, Blockwise8, Float32, State, number, tensor
 from lowmem.optim.method import Method, Projected, Reallocating
-from lowmem.optim.optimizer import Optimizer, Slot, foreign_state, missing_state
+from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.orthonormal import RandomVectors
 from lowmem.optim.projectors import SVD
+from lowmem.optim.restore import Numbers, matched, missing_state
 from lowmem.optim.rules import Adam, Lion, Sgd
+from lowmem.optim.slots import Slot
 from lowmem.optim.weights import like
 
 How = Literal["kept", "rounded", "cut", "extended", "anew"]
-Numbers = Mapping[str, int | float]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of the rules below, in the shape of the projected gradient
 _MOVABLE_RULES = (Adam, Lion, Sgd)
@@ -108,8 +109,9 @@ def _by_weight(
     written: Optimizer, tensors: Iterable[tuple[str, Tensor]], numbers: Mapping[str, Numbers]
 ) -> Iterator[tuple[str, State]]:
     """(weight, its saved state), each as soon as it is complete. CheckpointError: as `convert`."""
+    own = written.state_numbers()
     for name, slot in written.slots.items():
-        if set(numbers.get(name, ())) != set(written.numbers_of(name)):
+        if set(numbers.get(name, ())) != set(own[name]):
             raise missing_state(f"the counters of {name}")
         if isinstance(slot.method, Reallocating):
             slot.method.reallocate(like(slot.weight), slot.state, numbers[name])
@@ -120,17 +122,12 @@ def _by_weight(
     states: dict[str, State] = {name: dict(numbers[name]) for name in written.slots}
     for name in [name for name, count in left.items() if not count]:
         yield name, states.pop(name)
-    for key, value in tensors:
-        like_it = expected.pop(key, None)
-        if like_it is None or like_it.shape != value.shape or like_it.dtype != value.dtype:
-            raise foreign_state(key, value, like_it)
+    for key, value, _ in matched(tensors, expected):
         name, _, own_key = key.partition("/")
         states[name][own_key] = value
         left[name] -= 1
         if not left[name]:
             yield name, states.pop(name)
-    if expected:
-        raise missing_state(next(iter(expected)))
 
 
 def _taken_over(name: str, old: Method, saved: State, slot: Slot) -> Change:

@@ -17,62 +17,26 @@ Weights change only in `apply` and `apply_rows`. Sums over micro-batches are flo
 `sums.py` has.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.config.schema import MOVE_EARLY, StatePlace, SumFormat, UpdateMode
-from lowmem.errors import CheckpointError
 from lowmem.kernels.grouped_weight import Weight
 from lowmem.naming import seed_of
-from lowmem.optim.formats import State
 from lowmem.optim.host_states import HostStates
 from lowmem.optim.method import ByRows, Method, Reallocating, RowUpdate, Surveying
 from lowmem.optim.place import Place
+from lowmem.optim.slots import Arriving, Slot
 from lowmem.optim.sums import Held, Staging, Sum, empty_sum, is_tensor, square
-from lowmem.optim.weights import Step, aligned, like, row_bounds, rows_of, write
+from lowmem.optim.weights import Step, like, row_bounds, rows_of, write
 from lowmem.phases import phase
 from lowmem.transfers import Transfers
 
-SUMMED = ("kept_bases",)  # of the diagnostics: counts
 _WHOLE: tuple[UpdateMode, ...] = ("unfused", "layer-major")  # modes that sum the gradient itself
-
-
-@dataclass
-class Arriving:
-    """A gradient of which the rows before `stop` have arrived.
-
-    whole: where it is put together. update: what applies rows at once; None where the method
-    leaves the weight as it is. survey: what all its rows have told beforehand.
-    """
-
-    stop: int = 0
-    whole: Tensor | None = None
-    update: RowUpdate | None = None
-    survey: Tensor | None = None
-
-
-@dataclass
-class Slot:
-    """One parameter with its method, its state and what is kept of its gradient.
-
-    summed: micro-batches that are in `kept`. prepared: the update for which a state was last
-    changed before the step, by a refresh in backward or an estimate of the curvature; a repeated
-    update does neither again.
-    """
-
-    weight: Tensor | Any  # a GroupedWeight where one was added
-    method: Method
-    weight_decay: float
-    state: State
-    kept: Held | None = None
-    arriving: Arriving | None = None
-    summed: int = 0
-    prepared: int = -1
 
 
 @dataclass
@@ -220,8 +184,8 @@ class Optimizer:
         if self._held_only is not None and name not in self._held_only:
             return
         held = self._held_only is not None or self.mode in _WHOLE
-        arriving = _next_rows(slot, name, start, len(rows))
-        by_rows = _goes_by_rows(slot.method) or arriving.survey is not None
+        arriving = slot.next_rows(name, start, len(rows))
+        by_rows = slot.goes_by_rows or arriving.survey is not None
         if held or (by_rows and self.mode == "fused+subspace"):
             with phase("hold"):
                 self._add(name, rows, start, slot.weight.shape)
@@ -361,7 +325,7 @@ class Optimizer:
         self.moved = True
         with phase("update"), self.state_here(name), self.writing():
             if not isinstance(kept, Tensor):
-                if _goes_by_rows(slot.method):
+                if slot.goes_by_rows:
                     self._apply_sum_by_rows(name, kept)
                     return
                 kept = kept.whole()
@@ -458,20 +422,6 @@ class Optimizer:
         """The weights whose states are already prepared for the update that comes next."""
         return [name for name, slot in self.slots.items() if slot.prepared > self.updates]
 
-    def diagnostics(self) -> dict[str, float]:
-        """What methods note of themselves, over all weights: kept_bases summed, others averaged.
-
-        Waits for the device.
-        """
-        found: dict[str, list[Tensor]] = {}
-        for key, value in self.state_tensors():
-            _, logged, what = key.rpartition("/log.")
-            if logged:
-                found.setdefault(what, []).append(value)
-        together = {what: torch.stack(values) for what, values in found.items()}
-        figures = [v.sum() if what in SUMMED else v.mean() for what, v in together.items()]
-        return dict(zip(together, torch.stack(figures).tolist(), strict=True)) if figures else {}
-
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """("<parameter>/<state key>", tensor) of everything that varies, where it lives."""
         if self._host is not None:
@@ -483,77 +433,7 @@ class Optimizer:
 
     def state_numbers(self) -> dict[str, dict[str, int | float]]:
         """The numbers of every parameter's state."""
-        return {name: self.numbers_of(name) for name in self.slots}
-
-    def numbers_of(self, name: str) -> dict[str, int | float]:
-        """The numbers of one parameter's state."""
-        state = self.slots[name].state
-        return {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-
-    @torch.no_grad()
-    def restore(
-        self,
-        tensors: Iterator[tuple[str, Tensor]],
-        numbers: Mapping[str, Mapping[str, int | float]],
-        updates: int,
-    ) -> None:
-        """Put a saved state back, strictly: CheckpointError names what is missing or foreign."""
-        for name, slot in self.slots.items():
-            if isinstance(slot.method, Reallocating):
-                slot.method.reallocate(like(slot.weight), slot.state, numbers.get(name, {}))
-        self.put_states_away()
-        own = dict(self.state_tensors())
-        for key, value in tensors:
-            mine = own.pop(key, None)
-            if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
-                raise foreign_state(key, value, mine)
-            mine.copy_(value)
-        if own:
-            raise missing_state(next(iter(own)))
-        expected = self.state_numbers()
-        if {n: set(v) for n, v in numbers.items()} != {n: set(v) for n, v in expected.items()}:
-            raise missing_state(
-                "the counters of " + next(iter(set(expected) ^ set(numbers)), "a weight")
-            )
-        for name, values in numbers.items():
-            self.slots[name].state.update(values)
-        self.updates = updates
-
-
-def _next_rows(slot: Slot, name: str, start: int, count: int) -> Arriving:
-    """What has arrived of this gradient with `count` more rows; ValueError unless they are next."""
-    arriving = slot.arriving or Arriving()
-    rows = slot.weight.shape[0]
-    stop = start + count
-    if start != arriving.stop or not count or stop > rows or not aligned(slot.weight, start):
-        raise ValueError(
-            f"rows {start} to {stop} of {name} arrived where row {arriving.stop} of {rows} is "
-            "next; slices are in order and begin with a block of elements"
-        )
-    arriving.stop = stop
-    slot.arriving = arriving
-    return arriving
-
-
-def _goes_by_rows(method: Method) -> bool:
-    return isinstance(method, ByRows) and method.needs.by_rows
-
-
-def foreign_state(key: str, value: Tensor, mine: Tensor | None) -> CheckpointError:
-    """A saved tensor that is not there, or is of another shape or dtype."""
-    has = f"{tuple(value.shape)} {value.dtype}"
-    wants = "nothing of that name" if mine is None else f"{tuple(mine.shape)} {mine.dtype}"
-    return CheckpointError(
-        f"optimizer state {key} does not belong to this run",
-        f"the checkpoint has {has}, this run expects {wants}",
-        "resume with the settings the checkpoint was written with",
-    )
-
-
-def missing_state(key: str) -> CheckpointError:
-    """A state that the checkpoint ought to have."""
-    return CheckpointError(
-        f"the checkpoint lacks optimizer state {key}",
-        "this run's method or settings differ from those that were saved",
-        "resume with the settings the checkpoint was written with",
-    )
+        return {
+            name: {k: v for k, v in slot.state.items() if not isinstance(v, Tensor)}
+            for name, slot in self.slots.items()
+        }

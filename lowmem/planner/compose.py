@@ -25,8 +25,9 @@ from lowmem.config.recompute import levels_of
 from lowmem.config.schema import ModelConfig, UpdateMode
 from lowmem.model.llama import Llama
 from lowmem.optim.method import Dense
-from lowmem.optim.optimizer import Optimizer, Slot
+from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.rules import Sgd
+from lowmem.optim.slots import Slot
 from lowmem.optim.sums import square as square_of
 from lowmem.phases import current_phase
 from lowmem.planner.plan import Choice

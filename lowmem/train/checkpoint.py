@@ -40,6 +40,7 @@ from lowmem.model.huggingface import (
 )
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
+from lowmem.optim.restore import restore_states
 from lowmem.tensorfile import read_tensors, sha256_of, stays_inside, write_tensors
 from lowmem.train.convert import settings_of, take_over
 from lowmem.train.divergence import Memory
@@ -281,7 +282,8 @@ def restore(
     if config is not None and settings is not None and settings != settings_of(config):
         return at, take_over(folder, folder / STATES, state, model, optimizer, config)
     load_weights(model, folder / "model")
-    optimizer.restore(read_tensors(folder / STATES), state["numbers"], state["optimizer_updates"])
+    tensors, updates = read_tensors(folder / STATES), state["optimizer_updates"]
+    restore_states(optimizer, tensors, state["numbers"], updates)
     return at, None
 
 

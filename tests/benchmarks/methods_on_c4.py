@@ -116,6 +116,7 @@ def run(case: Case, seed: int, folder: Path) -> dict[str, Any]:
     from lowmem.model.llama import Llama
     from lowmem.optim.assign import build_optimizer
     from lowmem.optim.step import gather
+    from lowmem.train.diagnose import figures_of
     from lowmem.train.evaluate import evaluate
     from lowmem.train.schedule import learning_rate
 
@@ -159,7 +160,7 @@ def run(case: Case, seed: int, folder: Path) -> dict[str, Any]:
         "state_bytes": sum(value.nbytes for _, value in optimizer.state_tensors()),
         "parameters": sum(weight.numel() for weight in weights.values()),
         "matrices": len(matrices),
-        "diagnostics": optimizer.diagnostics(),
+        "diagnostics": figures_of(optimizer),
         "seconds": time.perf_counter() - began,
     }
 

@@ -20,6 +20,7 @@ from lowmem.optim.method import Dense
 from lowmem.optim.methods import build_method
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.place import Place
+from lowmem.optim.restore import restore_states
 from lowmem.optim.rules import Adam, Sgd
 from tests.optim.block_orders import walked
 
@@ -169,7 +170,7 @@ def test_a_checkpoint_of_another_turn_continues_bit_for_bit(states: str) -> None
     first, second = optimizer_of(**options), optimizer_of(**options)
     for number_ in range(5):
         update(first, seed=number_)
-    second.restore(first.state_tensors(), first.state_numbers(), first.updates)
+    restore_states(second, first.state_tensors(), first.state_numbers(), first.updates)
     for name, slot in first.slots.items():
         second.slots[name].weight.copy_(slot.weight)
     for number_ in range(5, 7):
@@ -186,7 +187,7 @@ def test_a_checkpoint_with_other_turns_is_refused(change: dict[str, Any]) -> Non
         update(saved)
     other = optimizer_of(**{"density": 0.2} | change)
     with pytest.raises(CheckpointError):
-        other.restore(saved.state_tensors(), saved.state_numbers(), saved.updates)
+        restore_states(other, saved.state_tensors(), saved.state_numbers(), saved.updates)
 
 
 def test_a_checkpoint_of_another_method_is_refused() -> None:
@@ -194,7 +195,7 @@ def test_a_checkpoint_of_another_method_is_refused() -> None:
     for index, shape in enumerate(SHAPES):
         saved.add(str(index), torch.ones(shape), Dense(Adam()), 0.0)
     with pytest.raises(CheckpointError):
-        optimizer_of().restore(saved.state_tensors(), saved.state_numbers(), 0)
+        restore_states(optimizer_of(), saved.state_tensors(), saved.state_numbers(), 0)
 
 
 def test_a_matrix_that_keeps_the_turn_starts_anew() -> None:

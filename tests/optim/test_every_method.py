@@ -14,6 +14,7 @@ from lowmem.optim.method import ByRole
 from lowmem.optim.methods import METHODS, build_method, method_spec
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.place import Place
+from lowmem.optim.restore import restore_states
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {}),
@@ -263,7 +264,7 @@ def test_restored_state_continues_bit_for_bit(case: str, dtype: torch.dtype, sto
     run(first, gradients[:stop])
     tensors = {key: value.clone() for key, value in first.state_tensors()}
     second = optimizer_of(case, weights, "fused")
-    second.restore(iter(tensors.items()), first.state_numbers(), first.updates)
+    restore_states(second, iter(tensors.items()), first.state_numbers(), first.updates)
     run(second, gradients[stop:])
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
 

@@ -14,6 +14,7 @@ from lowmem.optim.method import ByRole, Dense, Projected
 from lowmem.optim.methods import build_method
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.random_projectors import RandomNormal
+from lowmem.optim.restore import restore_states
 from lowmem.optim.rules import Adam
 from tests.optim.methods.slow_low_rank import beside
 from tests.optim.methods.trajectory import SHAPES, gradients, optimizer_of, run, step
@@ -156,7 +157,7 @@ def test_a_resumed_run_has_the_same_projection(name: str) -> None:
 
     first, second = optimizer("b", "a"), optimizer("a", "b")
     advance(first)
-    second.restore(iter(first.state_tensors()), first.state_numbers(), first.updates)
+    restore_states(second, iter(first.state_tensors()), first.state_numbers(), first.updates)
     assert first.slots["a"].state["drawn_basis"] == 2
     one, two = (method.projector.basis(each.slots["a"].state) for each in (first, second))
     assert torch.equal(one, two)

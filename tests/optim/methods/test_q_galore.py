@@ -14,6 +14,7 @@ from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.kernels.groupwise import Noise, uniform
 from lowmem.optim.methods import build_method
 from lowmem.optim.optimizer import Optimizer
+from lowmem.train.diagnose import figures_of
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 
@@ -98,7 +99,7 @@ def test_a_matrix_that_hardly_changes_is_refreshed_less_often() -> None:
         optimizer.receive("changing", low_rank())
     gaps = {name: slot.state["gap"] for name, slot in optimizer.slots.items()}
     assert gaps == {"steady": 16, "changing": 2}
-    assert optimizer.diagnostics()["gap"] == 9.0
+    assert figures_of(optimizer)["gap"] == 9.0
 
 
 def test_state_has_the_bytes_of_the_formula() -> None:
