@@ -6,32 +6,31 @@ No script, no font, no picture comes from elsewhere, and its policy forbids them
 SVG. Everything that was read is escaped; paths, host, user and secrets are taken out.
 """
 
-import json
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from lowmem import __version__
+from lowmem.analysis import markup
 from lowmem.analysis.figures import Figure, losses, series
 from lowmem.analysis.history import History
 from lowmem.analysis.published import published_beside
+from lowmem.analysis.report_events import events_section, methods_section
+from lowmem.analysis.report_memory import memory_section
 from lowmem.analysis.style import STYLE
 from lowmem.analysis.svg import drawn
 from lowmem.config.presets import resolve_model
 from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
 from lowmem.errors import CheckpointError
-from lowmem.planner.plan import Plan
 from lowmem.planner.quality import Evidence
 from lowmem.private import without_private
-from lowmem.train.events import Measured, Trained, perplexity
+from lowmem.train.events import Trained, perplexity
 from lowmem.units import format_bytes, format_count, format_seconds
 
 NAME = "report.html"
-_MOST_EVENTS = 200  # the newest
 
 
 def write_report(folder: Path) -> Path:
@@ -55,10 +54,10 @@ def page(run: History) -> str:
     sections = [
         _verdict(run),
         _figures_of(run),
-        _memory(run),
+        memory_section(run),
         _published(run),
-        _events(run),
-        _methods(run),
+        events_section(run),
+        methods_section(run),
         _configuration(run),
         _environment(run),
     ]
@@ -138,7 +137,7 @@ def _summary(run: History) -> str:
         f'<dd class="quiet">{escape(more)}</dd></div>'
         for name, value, more in cells
     )
-    return f'<dl class="cards">{inside}</dl>{_notes(run.warnings)}'
+    return f'<dl class="cards">{inside}</dl>{markup.notes(run.warnings)}'
 
 
 def _verdict(run: History) -> str:
@@ -147,16 +146,16 @@ def _verdict(run: History) -> str:
     if told is None:
         return ""
     rows = [
-        [key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else _plain(value)]
+        [key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else markup.plain(value)]
         for key, value in told.items()
         if key != "deviations"
     ]
     deviations = told.get("deviations")
-    listed = [_plain(each) for each in deviations] if isinstance(deviations, list) else []
-    body = _table([], rows)
+    listed = [markup.plain(each) for each in deviations] if isinstance(deviations, list) else []
+    body = markup.table([], rows)
     if listed:
-        body += f"<h3>Deviations from the publication</h3>{_list(listed)}"
-    return _section("Verdict", body)
+        body += f"<h3>Deviations from the publication</h3>{markup.bullets(listed)}"
+    return markup.section("Verdict", body)
 
 
 def _figures_of(run: History) -> str:
@@ -170,7 +169,7 @@ def _figures_of(run: History) -> str:
     ]
     notes = dict.fromkeys(note for figure in figures for note in figure.notes)
     body = "".join(f"<figure>{drawn(figure)}{_key(figure)}</figure>" for figure in figures)
-    return _section("Curves", f'<div class="figures">{body}</div>{_notes(notes)}')
+    return markup.section("Curves", f'<div class="figures">{body}</div>{markup.notes(notes)}')
 
 
 _SERIES: list[tuple[str, Callable[[Trained], float]]] = [
@@ -186,78 +185,15 @@ def _key(figure: Figure) -> str:
     return f"<figcaption>published: {'; '.join(names)}</figcaption>" if names else ""
 
 
-def _memory(run: History) -> str:
-    """Plan against measured, as far as they are known."""
-    plan, measured = run.plan, run.measured
-    body = "" if plan is None else _table([], _planned(run, plan))
-    if plan is None and (run.folder / "plan.json").is_file():
-        body = _notes(["plan.json is damaged or of another version of lowmem."])
-    if measured is not None:
-        body += _measured_parts(measured) + _notes([_about(plan, measured)])
-    elif body:
-        body += _notes(["The peak of the first update was not measured."])
-    return _section("Memory: plan against measured", body) if body else ""
-
-
-def _planned(run: History, plan: Plan) -> list[list[str]]:
-    rows = [
-        ["settings", plan.choice.sentence()],
-        ["card", f"{plan.card.name}: {format_bytes(plan.card.usable_bytes)} usable"],
-        ["planned peak", f"{format_bytes(plan.memory.reserved)} reserved"],
-    ]
-    if plan.speed is not None and run.trained:
-        speed = run.trained[-1].tokens / run.seconds if run.seconds else 0.0
-        planned = format_count(plan.speed.tokens_per_second)
-        rows.append(["tokens/s", f"{planned} estimated, {format_count(speed)} measured"])
-    return rows
-
-
-def _measured_parts(measured: Measured) -> str:
-    """A row for every part of the first update's peak, with a bar of its share."""
-    whole = max(1, measured.planned, measured.measured)
-    rows = []
-    parts = [(part.name, part.planned, part.measured) for part in measured.parts]
-    for name, planned, seen in [*parts, ("peak", measured.planned, measured.measured)]:
-        if seen is None:
-            told, error = "not measured", ""
-        else:
-            told = format_bytes(seen)
-            error = f"{seen / planned - 1:+.1%}" if planned else "-"
-        bars = "".join(
-            f'<i class="{kind}" style="width:{100 * (size or 0) / whole:.1f}%"></i>'
-            for kind, size in (("planned", planned), ("seen", seen))
-        )
-        cells = [format_bytes(planned), told, error]
-        told_cells = "".join(f'<td class="number">{escape(cell)}</td>' for cell in cells)
-        bar = f'<span class="bar">{bars}</span>'
-        rows.append(f"<tr><th>{escape(name)}{bar}</th>{told_cells}</tr>")
-    head = (
-        '<tr><th></th><th class="number">planned</th><th class="number">measured</th><th></th></tr>'
-    )
-    return f'<table class="parts"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
-
-
-def _about(plan: Plan | None, measured: Measured) -> str:
-    kinds = {
-        "tensors": "bytes of live tensors",
-        "reserved": "what the allocator has reserved; parts are of what it has allocated",
-    }
-    worst = "" if plan is None else f" Worst moment planned: {plan.memory.instant}."
-    return (
-        f"First update; {kinds.get(measured.what, measured.what)}. "
-        f"Bars: planned above, measured below.{worst}"
-    )
-
-
 def _published(run: History) -> str:
     """Published results beside the run: those of its method, the others folded."""
     rows = sorted(published_beside(run), key=lambda row: row.ppl)
     mine = [row for row in rows if row.method == run.config.optimizer.method]
     if not rows:
         return ""
-    body = _results(mine) if mine else _notes(["Nothing is published of this method."])
-    body += f"<details><summary>all {len(rows)} of this model</summary>{_results(rows)}</details>"
-    return _section("Published", body)
+    body = _results(mine) if mine else markup.notes(["Nothing is published of this method."])
+    body += markup.folded(f"all {len(rows)} of this model", _results(rows))
+    return markup.section("Published", body)
 
 
 def _results(rows: Iterable[Evidence]) -> str:
@@ -271,132 +207,23 @@ def _results(rows: Iterable[Evidence]) -> str:
         ]
         for row in rows
     ]
-    return _table(["method", "perplexity", "source"], cells)
-
-
-def _events(run: History) -> str:
-    """What happened, the newest last; saves are told in one line."""
-    told = [(_at(event), *_event(event)) for event in run.events]
-    saves = [event for event in run.events if event.get("event") == "saved"]
-    rows = [[at, what, words] for at, what, words in told if what not in ("saved", "assigned")]
-    shown = rows[-_MOST_EVENTS:]
-    body = _table(["update", "event", ""], shown)
-    notes = []
-    if len(shown) < len(rows):
-        notes.append(f"{len(rows) - len(shown)} earlier ones are in events.jsonl.")
-    if saves:
-        newest = _number(saves[-1], "bytes")
-        seconds = sum(_number(event, "blocked") for event in saves)
-        notes.append(
-            f"{len(saves)} checkpoints were saved, the last of {format_bytes(newest)}; "
-            f"training waited {format_seconds(seconds)} for them."
-        )
-    return _section("Events", body + _notes(notes)) if run.events else ""
-
-
-def _at(event: dict[str, Any]) -> str:
-    """Updates done, where an event tells it."""
-    update = event.get("update")
-    counts_from_0 = event.get("event") in ("skipped", "grown")
-    return "" if not isinstance(update, int) else str(update + counts_from_0)
-
-
-def _number(event: dict[str, Any], key: str) -> float:
-    value = event.get(key)
-    return value if isinstance(value, int | float) else 0
-
-
-def _event(event: dict[str, Any]) -> tuple[str, str]:
-    """(what it is, in words) of one event; one that is not known is shown as it is."""
-    what = str(event.get("event", "?"))
-    match what:
-        case "started":
-            again = event.get("resumed_from")
-            words = f"{event.get('updates')} updates of {event.get('tokens_per_update')} tokens"
-            words += f", from {Path(str(again)).name}" if again else ""
-        case "storage":
-            words = f"checkpoints of {format_bytes(_number(event, 'checkpoint'))}"
-            words += f", {format_bytes(_number(event, 'free'))} free"
-        case "measured" | "grown":
-            planned, seen = (format_bytes(_number(event, key)) for key in ("planned", "measured"))
-            words = f"{seen} measured, {planned} planned"
-            words += f", of {event['whose']}" if "whose" in event else ""
-        case "skipped":
-            sequences = event.get("sequences")
-            count = len(sequences) if isinstance(sequences, list) else 0
-            made = "made all the same" if event.get("made") else "not made"
-            words = f"{_plain(event.get('why'))}; {made}, {count} sequences"
-        case "rolledback":
-            words = f"{_plain(event.get('why'))}; batches {event.get('first')} to "
-            words += f"{event.get('last')} are left out, {event.get('number')} of {event.get('of')}"
-        case "finished":
-            words = f"loss {_number(event, 'eval_loss'):.4f}"
-            words += f", {format_seconds(_number(event, 'seconds'))}"
-        case "continued":
-            words = f"after {format_seconds(_number(event, 'seconds'))}"
-        case _:
-            rest = {k: v for k, v in event.items() if k not in ("event", "update")}
-            words = ", ".join(f"{key}: {_plain(value)}" for key, value in rest.items())
-    return what, without_private(words)
-
-
-def _methods(run: History) -> str:
-    """Which weights have which method."""
-    assigned = [event for event in run.events if event.get("event") == "assigned"]
-    groups = assigned[-1].get("groups") if assigned else None
-    rows = [
-        [_plain(each.get("roles")), f"{_number(each, 'elements'):,.0f}", _plain(each.get("method"))]
-        for each in (groups if isinstance(groups, list) else [])
-        if isinstance(each, dict)
-    ]
-    return _section("Method", _table(["weights", "elements", "updated by"], rows)) if rows else ""
+    return markup.table(["method", "perplexity", "source"], cells)
 
 
 def _configuration(run: History) -> str:
     text = escape(without_private(to_toml(run.config)))
-    body = f"<details><summary>config.toml</summary><pre>{text}</pre></details>"
+    body = markup.folded("config.toml", f"<pre>{text}</pre>")
     if run.plan is not None and run.plan.notes:
-        body += f"<details><summary>not given, so chosen</summary>{_list(run.plan.notes)}</details>"
-    return _section("Configuration", body)
+        body += markup.folded("not given, so chosen", markup.bullets(run.plan.notes))
+    return markup.section("Configuration", body)
 
 
 def _environment(run: History) -> str:
     known = {key: value for key, value in run.environment.items() if value is not None}
     command = known.pop("command", None)
-    rows = [[str(key), _plain(value)] for key, value in known.items()]
+    rows = [[str(key), markup.plain(value)] for key, value in known.items()]
     if isinstance(command, list):
         # Word by word: what is joined looks like one path with spaces in it.
         words = without_private(["lowmem", *map(str, command)])
         rows.append(["command", shlex.join(words)])
-    return _section("Environment", _table([], rows)) if rows else ""
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>\n"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are text; the first of a row without a head is its name."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = []
-    for row in rows:
-        first, *others = (escape(cell) for cell in row)
-        name = f"<td>{first}</td>" if head else f"<th>{first}</th>"
-        body.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in others)}</tr>")
-    heading = f"<thead><tr>{top}</tr></thead>" if head else ""
-    return f"<table>{heading}<tbody>{''.join(body)}</tbody></table>"
-
-
-def _list(items: Iterable[str]) -> str:
-    cleaned = (escape(without_private(item)) for item in items)
-    return f"<ul>{''.join(f'<li>{item}</li>' for item in cleaned)}</ul>"
-
-
-def _notes(lines: Iterable[str]) -> str:
-    return "".join(f'<p class="note">{escape(line)}</p>' for line in lines if line)
-
-
-def _plain(value: Any) -> str:
-    """A value of a file as text."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return str(without_private(text))
+    return markup.section("Environment", markup.table([], rows)) if rows else ""
