@@ -10,13 +10,8 @@ leaves memory behind for the next; one that was begun goes on by `lowmem resume`
 """
 
 import json
-import multiprocessing
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +22,9 @@ from lowmem.analysis.sweep import Request, Trial, read_request, requested, seeds
 from lowmem.cli.compare import show
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
-from lowmem.cli.settings import planned
-from lowmem.config.flags import ENVIRONMENT, FLAGS
+from lowmem.cli.sweep_forecast import Forecast, forecasts, kind_of
+from lowmem.cli.sweep_process import run_trial, why_it_ended
+from lowmem.config.flags import FLAGS
 from lowmem.config.load import flatten, load
 from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
@@ -39,9 +35,6 @@ from lowmem.train.lock import held, holder_of
 from lowmem.units import format_bytes, format_seconds, format_span
 
 DIVERGED = 6  # exit code; such a trial would diverge again, bit for bit
-_POLL_SECONDS = 0.2
-_LAST_LINES = 3  # of a log, where a trial said no error
-_NOT_PLANNED = {"train": {"seed": 0}, "optimizer": {"lr": 0.0}, "run": {"name": None}}
 
 
 @dataclass(frozen=True)
@@ -51,18 +44,6 @@ class Asked:
     file: Path | None
     seeds: str | None
     dry_run: bool
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What the planner says of a trial. refused: why it cannot run, empty where it can.
-
-    peak: bytes, reserved. seconds: of training, None where no rates are known.
-    """
-
-    peak: int = 0
-    seconds: float | None = None
-    refused: str = ""
 
 
 @dataclass
@@ -75,6 +56,10 @@ class Outcome:
     state: str = "new"
     why: str = ""
     code: int = 0
+
+    @property
+    def is_left(self) -> bool:
+        return self.state in ("new", "begun")
 
 
 def sweep(given: Given, asked: Asked, *, as_json: bool) -> None:
@@ -92,7 +77,7 @@ def sweep(given: Given, asked: Asked, *, as_json: bool) -> None:
         if as_json:
             console.json(_record(folder, outcomes, None))
         return
-    left = [o for o in outcomes if o.state in ("new", "begun")]
+    left = [o for o in outcomes if o.is_left]
     if not left and all(o.state == "refused" for o in outcomes):
         first = outcomes[0]
         raise PlanError(
@@ -204,10 +189,10 @@ def _failed(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _forecast(outcomes: Sequence[Outcome], console: Console) -> None:
     """Plan every trial that is not over; those that differ in seed and rate have one plan."""
-    todo = [outcome for outcome in outcomes if outcome.state in ("new", "begun")]
+    todo = [outcome for outcome in outcomes if outcome.is_left]
     kinds: dict[str, list[Outcome]] = {}
     for outcome in todo:
-        kinds.setdefault(_kind(outcome.config), []).append(outcome)
+        kinds.setdefault(kind_of(outcome.config), []).append(outcome)
     with console.work("plan") as progress:
         made = forecasts([group[0].config for group in kinds.values()])
         for number, (group, forecast) in enumerate(zip(kinds.values(), made, strict=True), start=1):
@@ -218,44 +203,18 @@ def _forecast(outcomes: Sequence[Outcome], console: Console) -> None:
                     outcome.state, outcome.why = "refused", forecast.refused
 
 
-def _kind(config: Config) -> str:
-    """Equal for trials with the same plan."""
-    changes = {name: getattr(config, name).model_copy(update=v) for name, v in _NOT_PLANNED.items()}
-    return to_toml(config.model_copy(update=changes))
-
-
-def forecasts(configs: Sequence[Config]) -> Iterator[Forecast]:
-    """A forecast for each, made in another process: the context that measuring a card needs would
-    stay on it while the trials run."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        yield from pool.map(forecast_of, configs)
-
-
-def forecast_of(config: Config) -> Forecast:
-    """What the planner says of one trial on this machine."""
-    try:
-        plan = planned(config, for_this_machine=True)
-    except LowMemError as error:
-        return Forecast(refused=error.what)
-    need, usable = plan.memory.reserved, plan.card.usable_bytes
-    if not plan.fits:
-        return Forecast(need, refused=f"{format_bytes(need)} needed, {format_bytes(usable)} usable")
-    return Forecast(need, plan.training_seconds)
-
-
 def _show_plan(outcomes: Sequence[Outcome], console: Console) -> None:
     """A line for each trial, and the time of those that are left."""
     if console.quiet:
         return
     for outcome in outcomes:
         words = outcome.why
-        if outcome.state in ("new", "begun"):
+        if outcome.is_left:
             seconds = outcome.forecast.seconds
             time = "time not known" if seconds is None else f"about {format_span(seconds)}"
             words = f"{format_bytes(outcome.forecast.peak)}, {time}"
         console.say(f"  {outcome.state:8} {outcome.trial.name}  {words}")
-    left = [o for o in outcomes if o.state in ("new", "begun")]
+    left = [o for o in outcomes if o.is_left]
     known = [o.forecast.seconds for o in left if o.forecast.seconds is not None]
     total = format_span(sum(known)) if known else "an unknown time: no rates of this device"
     beside = "" if len(known) in (0, len(left)) else f" for {len(known)} of them"
@@ -288,61 +247,12 @@ def _run(outcome: Outcome, folder: Path, stop: StopRequest, console: Console, pl
             f"{format_seconds(history.seconds)} of training"
         )
     elif not stop:
-        outcome.code, outcome.why = code, _why(log, begun, code)
+        outcome.code, outcome.why = code, why_it_ended(log, begun, code)
         outcome.state = "diverged" if code == DIVERGED else "failed"
         console.say(f"{place}  {name}: {outcome.state}: {outcome.why}")
         record = {"trial": name, "code": code, "why": outcome.why}
         with (folder / "failed.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def run_trial(arguments: Sequence[str], log: Path, stop: StopRequest) -> int:
-    """The exit code of a lowmem command in a process of its own; its output is added to `log`.
-
-    A request to stop is handed on, so that the trial saves; a second Ctrl-C ends it at once. It
-    has its own session, or the terminal would send it every Ctrl-C too.
-    """
-    command = [sys.executable, "-m", "lowmem", *arguments]
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=_without_settings(os.environ),
-            start_new_session=True,
-        )
-        told = False
-        try:
-            while True:
-                if stop and not told:
-                    told = True
-                    process.send_signal(signal.SIGTERM)
-                try:
-                    return process.wait(_POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-
-
-def _without_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without settings: they are in the trial's file, and must not override it."""
-    taken = {*ENVIRONMENT, "LOWMEM_CONFIG"}
-    return {name: value for name, value in environ.items() if name not in taken}
-
-
-def _why(log: Path, begun: int, code: int) -> str:
-    """The error that a process told, or its last words."""
-    text = log.read_bytes()[begun:].decode("utf-8", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if told:
-        return short(told[-1], 200)
-    ended = f"killed by signal {-code}" if code < 0 else f"exit {code}"
-    return short(f"{ended}: {' / '.join(lines[-_LAST_LINES:])}", 200)
 
 
 def _stopped(stop: StopRequest, outcomes: Sequence[Outcome], folder: Path) -> Stopped:

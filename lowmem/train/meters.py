@@ -36,6 +36,19 @@ class Reading:
         """Of tensors, or where those are not known of what is allocated."""
         return self.tensors if self.tensors is not None else self.allocated or 0
 
+    def then(self, later: "Reading") -> "Reading":
+        """Both stretches as one."""
+        return Reading(
+            _higher(self.tensors, later.tensors),
+            _higher(self.allocated, later.allocated),
+            _higher(self.reserved, later.reserved),
+            later.end,
+        )
+
+
+def _higher(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one if other is None else max(one, other)
+
 
 class Meter(Protocol):
     """readings: by segment, complete when the meter is closed."""
@@ -84,8 +97,5 @@ class CudaMeter:
         yield
         torch.cuda.synchronize()
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        earlier = self.readings.get(name)
-        if earlier is not None:
-            allocated = max(allocated, earlier.allocated or 0)
-            reserved = max(reserved, earlier.reserved or 0)
-        self.readings[name] = Reading(None, allocated, reserved, torch.cuda.memory_allocated())
+        found = Reading(None, allocated, reserved, torch.cuda.memory_allocated())
+        self.readings[name] = self.readings[name].then(found) if name in self.readings else found

@@ -11,8 +11,6 @@ proven inside that budget on a larger one. On the CPU tensors are counted by the
 
 import gc
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +28,6 @@ from lowmem.kernels.random_normal import lookup_table
 from lowmem.model.llama import Llama
 from lowmem.optim.blocks import hold_worst_window
 from lowmem.optim.optimizer import Optimizer
-from lowmem.planner.allocator import Allocator, Peaks, expandable_segments
 from lowmem.planner.calibration import Calibration, Row, now
 from lowmem.planner.hardware import SmiReading, available_memory, processor
 from lowmem.planner.job import Job
@@ -38,10 +35,8 @@ from lowmem.planner.plan import Plan
 from lowmem.planner.rehearse import (
     EVALUATE,
     GATHER,
-    PERSISTENT,
     STEP,
     Rehearsal,
-    Segment,
     bytes_by_part,
     persistent_tensors,
     rehearse,
@@ -49,19 +44,19 @@ from lowmem.planner.rehearse import (
 )
 from lowmem.train import checkpoint
 from lowmem.train.cap import capped
+from lowmem.train.comparison import BUILD, SAVE, WHOLE, Measured, compared
 from lowmem.train.evaluate import evaluate
 from lowmem.train.guard import told_out_of_memory
 from lowmem.train.loop import build
-from lowmem.train.meters import Meter, Reading, meter_of
+from lowmem.train.meters import Meter, meter_of
 from lowmem.train.out_of_memory import out_of_memory_table
+from lowmem.train.rates import measured_rates
 from lowmem.train.run import Run
 from lowmem.train.snapshot import Position
 from lowmem.train.trial import Batch, ScratchText, scratch_gradients
 
-BUILD, SAVE, WHOLE = "built", "save", "whole run"
 UPDATES = 2
 _EVALUATED = 3  # batches
-_REPEATS = 4  # of a timed call between two waits for the device, so that launches overlap
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ def verify(plan: Plan, before: list[SmiReading], command: str = "") -> Verificat
         note = "without CUDA nothing reserves memory, so reserved and device were not checked"
         return Verification(rows, _of_host(command, rows), note)
     smi = SmiReading.of_this_device(before)
-    context = _context(measured, smi)
+    context = _context(smi)
     if context is not None:
         needs = measured.reserved + context + plan.card.others
         over = needs > plan.card.total  # a context that is smaller than its preset is no mistake
@@ -120,16 +115,6 @@ def verify(plan: Plan, before: list[SmiReading], command: str = "") -> Verificat
     )
     note = "" if context is not None else "nvidia-smi did not answer: context was not measured"
     return Verification(rows, kept, note)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """persistent: bytes of each part after building. reserved: at the end, on CUDA."""
-
-    persistent: dict[str, int]
-    readings: dict[str, Reading]
-    tables: int
-    reserved: int
 
 
 def _rehearsed(plan: Plan) -> Rehearsal:
@@ -208,89 +193,6 @@ def _evaluate_and_save(
         ) from None
 
 
-def compared(plan: Plan, rehearsal: Rehearsal, measured: Measured) -> Iterator[Row]:
-    """Planned beside measured: what persists by part, then the peak of every segment."""
-    for part in PERSISTENT:
-        planned = rehearsal.persistent.get(part, 0)
-        if planned or measured.persistent.get(part):
-            yield Row(BUILD, part, planned, measured.persistent.get(part, 0))
-    yield from _categories(plan, rehearsal, measured)
-    segments = planned_peaks(rehearsal)
-    memory = Peaks(plan.memory.tensors, plan.memory.allocated, plan.memory.reserved)
-    most = _highest([measured.readings[name] for name in segments])
-    readings = {**measured.readings, WHOLE: most}
-    for name, peaks in {**segments, WHOLE: memory}.items():
-        reading = readings[name]
-        if reading.tensors is not None:
-            yield Row(name, "tensors", peaks.tensors, reading.tensors + measured.tables)
-        else:
-            yield Row(name, "allocated", peaks.allocated, reading.allocated)
-            yield Row(name, "reserved", peaks.reserved, reading.reserved)
-
-
-def _categories(plan: Plan, rehearsal: Rehearsal, measured: Measured) -> Iterator[Row]:
-    """What comes and goes, by what it is for; the sums of it with what persists are judged."""
-    on_cuda = plan.config.train.device == "cuda"
-    planned = sum(rehearsal.persistent.values())
-    real = sum(measured.persistent.values()) - measured.tables
-    real += plan.card.workspace if on_cuda else 0  # as in the plan; see Calibration.workspace
-    gather, step = rehearsal.segments[GATHER], rehearsal.segments[STEP]
-    gathered, stepped = measured.readings[GATHER], measured.readings[STEP]
-    most = gathered.highest - real
-    yield Row(GATHER, "activations, loss, gradients", gather.peak - planned, most, False)
-    yield Row(GATHER, "held at its end", gather.end - planned, gathered.end - real, False)
-    more = stepped.highest - gathered.end
-    yield Row(STEP, "temporaries", step.peak - gather.end, more, False)
-
-
-def planned_peaks(rehearsal: Rehearsal) -> dict[str, Peaks]:
-    """The peaks of every segment by the replayed allocations; saving takes nothing on the device.
-
-    The first update of a name that comes again is merged with the second.
-    """
-    allocator = Allocator(expandable_segments())
-    done = 0
-    found: dict[str, Peaks] = {}
-    for start, stop, name in sorted(_stretches(rehearsal.segments)):
-        allocator.run(rehearsal.events[done:start])
-        allocator.reset_peaks()
-        allocator.run(rehearsal.events[start:stop])
-        found[name] = _merged(found.get(name), allocator.peaks)
-        done = stop
-    allocator.reset_peaks()
-    return {**found, SAVE: allocator.peaks}
-
-
-def _stretches(segments: dict[str, Segment]) -> Iterator[tuple[int, int, str]]:
-    for name, segment in segments.items():
-        for start, stop in segment.events:
-            yield start, stop, name
-
-
-def _merged(one: Peaks | None, other: Peaks) -> Peaks:
-    if one is None:
-        return other
-    pairs = zip(
-        (one.tensors, one.allocated, one.reserved),
-        (other.tensors, other.allocated, other.reserved),
-        strict=True,
-    )
-    return Peaks(*(max(pair) for pair in pairs))
-
-
-def _highest(readings: list[Reading]) -> Reading:
-    def most(values: list[int | None]) -> int | None:
-        known = [value for value in values if value is not None]
-        return max(known) if known else None
-
-    return Reading(
-        most([r.tensors for r in readings]),
-        most([r.allocated for r in readings]),
-        most([r.reserved for r in readings]),
-        readings[-1].end,
-    )
-
-
 class NoText(Corpus):
     """A corpus without a tokenizer: a saved model folder then has none."""
 
@@ -334,7 +236,7 @@ def _release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _context(measured: Measured, before: SmiReading) -> int | None:
+def _context(before: SmiReading) -> int | None:
     """Context and loaded kernels: what this process took of the card beside the allocator.
 
     None where nvidia-smi did not say how much others use.
@@ -366,32 +268,3 @@ def _record(row: Row) -> dict[str, str | int | None]:
         "planned": row.planned,
         "measured": row.measured,
     }
-
-
-def measured_rates(
-    device: str = "cuda", *, side: int = 4096, seconds: float = 1.0
-) -> tuple[float, float]:
-    """(Tflop/s of bf16 products of side x side matrices, GB/s of copies), `seconds` of each.
-
-    The best of many repetitions, since other programs only ever slow one down.
-    """
-    dtype = torch.bfloat16
-    left, right, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
-    product = _best(lambda: torch.mm(left, right, out=out), device, seconds)
-    copy = _best(lambda: out.copy_(left), device, seconds)
-    return 2 * side**3 / product / 1e12, 2 * left.nbytes / copy / 1e9
-
-
-def _best(work: Callable[[], object], device: str, seconds: float) -> float:
-    """Seconds of one call of `work`."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    work()
-    wait()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        for _ in range(_REPEATS):
-            work()
-        wait()
-        best = min(best, (time.perf_counter() - started) / _REPEATS)
-    return best

@@ -15,6 +15,8 @@ import tokenizers
 
 from lowmem.cli import sweep as module
 from lowmem.cli.main import run
+from lowmem.cli.sweep_forecast import Forecast, forecast_of
+from lowmem.cli.sweep_process import _without_settings
 from lowmem.config.defaults import settle
 from lowmem.config.load import load
 from lowmem.config.schema import settled
@@ -81,10 +83,10 @@ def started(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         append(made.folder / EVENTS, [Finished(3, lr, 6.5, 384, 1.5, "checkpoint")])
         return 0
 
-    def forecasts(configs: Sequence[Any]) -> Iterator[module.Forecast]:
+    def forecasts(configs: Sequence[Any]) -> Iterator[Forecast]:
         for config in configs:
             large = config.optimizer.method == "galore"
-            yield module.Forecast(2**20, 30.0, refused="too large" if large else "")
+            yield Forecast(2**20, 30.0, refused="too large" if large else "")
 
     monkeypatch.setattr(module, "run_trial", pretend)
     monkeypatch.setattr(module, "forecasts", forecasts)
@@ -171,7 +173,7 @@ def test_the_planner_says_what_fits(place: Path, gpu: str, refused: bool) -> Non
     flags |= {f"train.{key}": value for key, value in fixed.items()}
     flags |= {"train.updates": 3, "train.device": "cpu", "optimizer.method": "adamw"}
     flags |= {"optimizer.states": "fp32", "train.logits": "keep"}
-    forecast = module.forecast_of(load(flags, environ={}).config)
+    forecast = forecast_of(load(flags, environ={}).config)
     assert bool(forecast.refused) == refused, forecast
 
 
@@ -218,7 +220,7 @@ def test_mistakes_are_told_before_anything_is_written(
 
 def test_trials_do_not_hear_the_settings_of_the_environment() -> None:
     environ = {"LOWMEM_LR": "1", "LOWMEM_CONFIG": "x", "LOWMEM_HOME": "h", "PATH": "p"}
-    assert module._without_settings(environ) == {"LOWMEM_HOME": "h", "PATH": "p"}
+    assert _without_settings(environ) == {"LOWMEM_HOME": "h", "PATH": "p"}
 
 
 @pytest.mark.slow
