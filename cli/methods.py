@@ -24,7 +24,8 @@ from lowmem.optim.method import ByRole
 from lowmem.optim.methods import METHODS, MethodSpec, method_names, method_spec
 from lowmem.optim.methods.spec import SHEET_ONLY
 from lowmem.optim.methods.third_party import package_of, refused
-from lowmem.planner.candidates import OWN, Kind, curvatures, families, modes
+from lowmem.planner.candidates import OWN, Kind, families
+from lowmem.planner.ways import curvatures, modes
 
 _FORMATS = ("fp32", "bf16", "8bit")
 _LETTERS = {"unfused": "U", "fused+subspace": "S", "fused": "F", "layer-major": "L"}

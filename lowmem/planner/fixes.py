@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from lowmem.config.schema import SumFormat, UpdateMode
 from lowmem.optim.methods import method_spec
-from lowmem.planner.candidates import curvatures, sums_projected
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Choice, Fix, Memory
+from lowmem.planner.ways import curvatures, sums_projected
 
 MOST = 4
 

@@ -32,7 +32,7 @@ from lowmem.model.llama import Llama, compute_dtype
 from lowmem.optim.method import Reallocating
 from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.allocator import expandable_segments, replay
-from lowmem.planner.candidates import Kind, Way, clip_of
+from lowmem.planner.candidates import Kind
 from lowmem.planner.compose import (
     ModelBytes,
     OptimizerBytes,
@@ -52,6 +52,7 @@ from lowmem.planner.rehearse import (
     standing_for,
 )
 from lowmem.planner.speed import Timed, seconds
+from lowmem.planner.ways import Way, clip_of
 from lowmem.units import MIB
 
 # Where no rates are known settings must still be compared: by those of a common machine.

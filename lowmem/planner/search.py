@@ -31,13 +31,9 @@ from lowmem.optim.methods.third_party import package_of, refused
 from lowmem.planner.candidates import (
     Family,
     Kind,
-    Way,
-    curvatures,
     families,
     quality,
     sheet_settings,
-    sum_formats,
-    ways,
     weight_formats,
 )
 from lowmem.planner.fixes import fixes
@@ -45,6 +41,7 @@ from lowmem.planner.hardware import available_memory
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import INSTEAD, Candidate, Card, Choice, Memory, Plan
 from lowmem.planner.speed import estimate, require_rates, within_hours
+from lowmem.planner.ways import Way, curvatures, sum_formats, ways
 from lowmem.units import format_bytes
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 4096}  # per micro-batch: more brings no speed

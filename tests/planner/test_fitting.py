@@ -8,11 +8,12 @@ import pytest
 from lowmem.config.defaults import settle
 from lowmem.config.schema import MOVE_EARLY, Config
 from lowmem.planner import search as module
-from lowmem.planner.candidates import Way, quality, rank_share
+from lowmem.planner.candidates import quality, rank_share
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Choice, Plan
 from lowmem.planner.search import make_plan, search
+from lowmem.planner.ways import Way
 from lowmem.units import MIB
 
 

@@ -6,10 +6,11 @@ import pytest
 
 from lowmem.config.defaults import settle
 from lowmem.config.schema import Config
-from lowmem.planner.candidates import Kind, Way
+from lowmem.planner.candidates import Kind
 from lowmem.planner.fixes import _variations
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job
+from lowmem.planner.ways import Way
 
 
 @pytest.mark.parametrize(
