@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowmem.planner.rehearse import LiveBytes
+from lowmem.planner.live_bytes import LiveBytes
 from lowmem.transfers import Transfers, host_memory
 
 PAGE = 4096

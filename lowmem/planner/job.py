@@ -33,15 +33,10 @@ from lowmem.optim.method import Reallocating
 from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.allocator import expandable_segments, replay
 from lowmem.planner.candidates import Kind
-from lowmem.planner.compose import (
-    ModelBytes,
-    OptimizerBytes,
-    compose,
-    model_bytes,
-    optimizer_bytes,
-    persistent_bytes,
-    stored_bytes,
-)
+from lowmem.planner.compose import compose
+from lowmem.planner.model_bytes import ModelBytes, model_bytes
+from lowmem.planner.optimizer_bytes import OptimizerBytes, optimizer_bytes
+from lowmem.planner.persistent import persistent_bytes, stored_bytes
 from lowmem.planner.plan import Card, Choice, Memory, Rates
 from lowmem.planner.rehearse import (
     VISITED,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lowmem.planner.rehearse import GRANULE, Segment
+from lowmem.planner.live_bytes import GRANULE, Segment
 
 _NUMBER_BYTES = 8
 _MARK = "lowmem segment: "

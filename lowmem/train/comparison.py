@@ -6,8 +6,9 @@ from functools import reduce
 
 from lowmem.planner.allocator import Allocator, Peaks, expandable_segments
 from lowmem.planner.calibration import Row
+from lowmem.planner.live_bytes import PERSISTENT, Segment
 from lowmem.planner.plan import Plan
-from lowmem.planner.rehearse import GATHER, PERSISTENT, STEP, Rehearsal, Segment
+from lowmem.planner.rehearse import GATHER, STEP, Rehearsal
 from lowmem.train.meters import Reading
 
 BUILD, SAVE, WHOLE = "built", "save", "whole run"

@@ -9,14 +9,9 @@ import torch
 
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
+from lowmem.planner.live_bytes import PERSISTENT, LiveBytes
+from lowmem.planner.persistent import bytes_by_part, persistent_tensors, track_persistent
 from lowmem.planner.plan import Plan
-from lowmem.planner.rehearse import (
-    PERSISTENT,
-    LiveBytes,
-    bytes_by_part,
-    persistent_tensors,
-    track_persistent,
-)
 from lowmem.train.events import Measured, Part, Report
 
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from lowmem.planner.live_bytes import Segment
 from lowmem.planner.profiled import Profiled
-from lowmem.planner.rehearse import Segment
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,9 @@ from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.calibration import Calibration, Row, now
 from lowmem.planner.hardware import SmiReading, available_memory, processor
 from lowmem.planner.job import Job
+from lowmem.planner.persistent import bytes_by_part, persistent_tensors, tables
 from lowmem.planner.plan import Plan
-from lowmem.planner.rehearse import (
-    EVALUATE,
-    GATHER,
-    STEP,
-    Rehearsal,
-    bytes_by_part,
-    persistent_tensors,
-    rehearse,
-    tables,
-)
+from lowmem.planner.rehearse import EVALUATE, GATHER, STEP, Rehearsal, rehearse
 from lowmem.train import checkpoint
 from lowmem.train.cap import capped
 from lowmem.train.comparison import BUILD, SAVE, WHOLE, Measured, compared

@@ -36,8 +36,9 @@ from lowmem.optim.blocks import hold_worst_window  # noqa: E402
 from lowmem.optim.methods import method_spec  # noqa: E402
 from lowmem.optim.step import MadeAnew, gather  # noqa: E402
 from lowmem.planner.allocator import expandable_segments, replay  # noqa: E402
+from lowmem.planner.persistent import bytes_by_part, tables  # noqa: E402
 from lowmem.planner.plan import Choice  # noqa: E402
-from lowmem.planner.rehearse import bytes_by_part, rehearse, tables  # noqa: E402
+from lowmem.planner.rehearse import rehearse  # noqa: E402
 from lowmem.planner.workspaces import CUBLAS_WORKSPACE  # noqa: E402
 from lowmem.train.meters import meter_of  # noqa: E402
 

@@ -31,8 +31,8 @@ from lowmem.config.presets import read_preset  # noqa: E402
 from lowmem.config.schema import Config, Ends, SumFormat, UpdateMode, WeightFormat  # noqa: E402
 from lowmem.planner.hardware import find_card  # noqa: E402
 from lowmem.planner.job import Job  # noqa: E402
+from lowmem.planner.live_bytes import PARTS  # noqa: E402
 from lowmem.planner.plan import Choice, Memory, Plan  # noqa: E402
-from lowmem.planner.rehearse import PARTS  # noqa: E402
 from lowmem.units import MIB  # noqa: E402
 
 TARGET = ROOT / "docs" / "what_fits.md"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowmem.kernels import drawn_targets as module
 from lowmem.kernels.drawn_targets import drawn_targets
-from lowmem.planner.rehearse import LiveBytes
+from lowmem.planner.live_bytes import LiveBytes
 
 
 def tokens_alike(count: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from lowmem.kernels import linear_cross_entropy as module
 from lowmem.kernels.linear_cross_entropy import cross_entropy, cross_entropy_backward
-from lowmem.planner.rehearse import LiveBytes
+from lowmem.planner.live_bytes import LiveBytes
 
 every_way = pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
 

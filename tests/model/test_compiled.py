@@ -13,7 +13,7 @@ from lowmem.errors import HardwareError
 from lowmem.kernels import compiled
 from lowmem.kernels.dispatch import forced
 from lowmem.model.llama import Llama
-from lowmem.planner.compose import model_bytes
+from lowmem.planner.model_bytes import model_bytes
 from lowmem.planner.plan import Choice
 from lowmem.planner.rehearse import rehearse
 from lowmem.train.loop import require_hardware

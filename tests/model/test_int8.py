@@ -12,7 +12,7 @@ from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.model.block import Linear
 from lowmem.model.int8 import GROUP, Int8Linear
 from lowmem.model.llama import Llama
-from lowmem.planner.rehearse import LiveBytes
+from lowmem.planner.live_bytes import LiveBytes
 from tests.model.sinks import Whole
 
 WIDTHS = [(64, 48), (33, 300), (300, 7), (5, 3)]  # inputs, outputs; groups run through odd rows

@@ -15,7 +15,7 @@ from lowmem.optim.place import Place
 from lowmem.optim.projectors import Projector
 from lowmem.optim.residuals import SgdResidual, SignResidual
 from lowmem.phases import phase
-from lowmem.planner.rehearse import LiveBytes
+from lowmem.planner.live_bytes import LiveBytes
 from tests.optim.steps import full, part
 
 PROJECTORS: list[Projector] = [

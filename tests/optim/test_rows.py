@@ -9,7 +9,7 @@ from torch import Tensor
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.place import Place
 from lowmem.optim.weights import GroupedWeight
-from lowmem.planner.rehearse import LiveBytes
+from lowmem.planner.live_bytes import LiveBytes
 from tests.optim.test_every_method import CASES, make
 
 SHAPE = (150, 40)

@@ -5,8 +5,8 @@ import torch
 
 from lowmem.config.presets import read_preset
 from lowmem.optim.methods import METHODS
+from lowmem.planner.live_bytes import LiveBytes
 from lowmem.planner.profiled import Profiled
-from lowmem.planner.rehearse import LiveBytes
 from tests.benchmarks.rehearsed_against_measured import WAYS, case_of, measured, rehearsed
 from tests.planner.test_rehearse import MODEL
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem.planner.rehearse import LiveBytes
+from lowmem.planner.live_bytes import LiveBytes
 from lowmem.planner.workspaces import CUBLAS_WORKSPACE, scratch_of_operators
 from lowmem.units import MIB
 
