@@ -45,7 +45,7 @@ def ways(config: Config, kind: Kind, rows: int) -> list[Way]:
     """Update modes with every place that states and block inputs may have, best modes first.
 
     ConfigError for contradictions. Host memory is taken in layer-major order, where the user has
-    chosen that and left the place open, and where it was asked for; `search.py` asks for it where
+    chosen that and left the place open, and where it was asked for; `forms.py` asks for it where
     nothing else fits.
     """
     found: list[Way] = []
@@ -105,7 +105,7 @@ def modes(config: Config, kind: Kind, rows: int) -> list[UpdateMode]:
 
 def sum_formats(config: Config, kind: Kind) -> tuple[SumFormat, ...]:
     """Formats of the sums of gradients to try, exact ones first; the next only where one does not
-    fit. Those in host memory are not among them: `search.py` tries them last of all.
+    fit. Those in host memory are not among them: `forms.py` has them last of all.
 
     bf16 costs no quality: the published runs sum so, and round to nearest.
     """

@@ -7,12 +7,12 @@ import pytest
 
 from lowmem.config.defaults import settle
 from lowmem.config.schema import MOVE_EARLY, Config
-from lowmem.planner import search as module
-from lowmem.planner.candidates import quality, rank_share
+from lowmem.planner.best import _speed_class, search
+from lowmem.planner.candidates import Kind, families, quality, rank_share
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Choice, Plan
-from lowmem.planner.search import make_plan, search
+from lowmem.planner.search import make_plan
 from lowmem.planner.ways import Way
 from lowmem.units import MIB
 
@@ -35,7 +35,7 @@ def small() -> Job:
 
 def worth(job: Job, choice: Choice) -> tuple[int, bool, int]:
     rung = quality(kind_of(choice), job.model).rung
-    return rung, choice.update in MOVE_EARLY, module._speed_class(job, choice)
+    return rung, choice.update in MOVE_EARLY, _speed_class(job, choice)
 
 
 def test_more_memory_never_gives_a_worse_plan(small: Job) -> None:
@@ -104,7 +104,7 @@ def test_the_largest_rank_that_fits_is_found(rank: str) -> None:
     asked = {"method": "galore", "states": "8bit", "rank": rank}
     fixed = {"batch": "4seq", "update": "fused+subspace", "weights": "bf16"}
     job = job_of("llama-9m", optimizer=asked, train=fixed)
-    ranks = module.families(job.config, job.model)[0].ranks
+    ranks = families(job.config, job.model)[0].ranks
     earlier = None
     for mib in (236, 228, 222, 219.5, 218):
         choice = found(job, mib)
@@ -114,7 +114,7 @@ def test_the_largest_rank_that_fits_is_found(rank: str) -> None:
         if choice is None or index + 1 == len(ranks):
             continue
         more = job.choice(
-            module.Kind("galore", ranks[index + 1], "8bit"),
+            Kind("galore", ranks[index + 1], "8bit"),
             Way(choice.update),
             "full",
             "recompute",

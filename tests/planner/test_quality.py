@@ -15,12 +15,12 @@ from lowmem.config.schema import Config, ModelConfig, StatePlace
 from lowmem.optim.methods import METHODS
 from lowmem.optim.methods.spec import SIZES
 from lowmem.planner import quality
+from lowmem.planner.best import search
 from lowmem.planner.candidates import Kind, families
 from lowmem.planner.candidates import quality as quality_of
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Card, Choice
 from lowmem.planner.quality import CLASS, DOUBT, Evidence, automatic, evidence, penalty
-from lowmem.planner.search import search
 from lowmem.planner.ways import Way
 
 NAMES = ["galore", "fira", "apollo", "apollo_mini", "q_galore", "scale", "muon", "stable_spam"]

@@ -14,11 +14,12 @@ from lowmem.config.schema import Config, SumFormat
 from lowmem.errors import ConfigError
 from lowmem.kernels.slices import SLICE_ELEMENTS
 from lowmem.optim.methods import METHODS, MethodSpec
+from lowmem.planner.best import SUM_FORMATS
 from lowmem.planner.candidates import Kind
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job
 from lowmem.planner.plan import SCHEMA_VERSION, Choice, Plan
-from lowmem.planner.search import SUM_FORMATS, _in_any_form, make_plan
+from lowmem.planner.search import _in_any_form, make_plan
 from lowmem.planner.speed import matrices
 from lowmem.planner.ways import Way, modes
 from lowmem.units import GIB

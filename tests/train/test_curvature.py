@@ -9,10 +9,12 @@ import pytest
 from lowmem.config.schema import Config
 from lowmem.data.shards import Corpus
 from lowmem.errors import Stopped
+from lowmem.planner.best import search
 from lowmem.planner.fixes import _variations
 from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job
-from lowmem.planner.search import least, make_plan, search
+from lowmem.planner.search import make_plan
+from lowmem.planner.settings import least
 from lowmem.tensorfile import sha256_of
 from lowmem.train.events import Event, Finished, Measured, Trained
 from lowmem.train.loop import train
