@@ -48,8 +48,8 @@ def doctor_disk(given: Given, *, as_json: bool) -> None:
     need = None
     if config.model != "auto":
         from lowmem.cli.settings import planned
+        from lowmem.train.build import declared_bytes
         from lowmem.train.disk import most_at_once
-        from lowmem.train.loop import declared_bytes
 
         plan = planned(config, for_this_machine=False)
         one = declared_bytes(plan.config)

@@ -146,7 +146,7 @@ def _named(config: Config, name: str) -> Config:
 
 def _scale_for(plan: Plan, seconds: float, console: Console) -> float:
     """The share of the run that this machine does in that time, by two measured updates."""
-    from lowmem.train.loop import require_hardware
+    from lowmem.train.build import require_hardware
     from lowmem.train.timing import measured_pace, scale_for
 
     require_hardware(plan.config)

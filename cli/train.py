@@ -63,8 +63,8 @@ def _has_cuda() -> bool:
 def checked_corpus(plan: Plan, console: Console) -> "Corpus":
     """The text of a run that is about to begin; what stands in its way is told before a folder
     is made."""
+    from lowmem.train.build import declared_bytes, require_hardware, require_host_memory, text_of
     from lowmem.train.disk import require_room
-    from lowmem.train.loop import declared_bytes, require_hardware, require_host_memory, text_of
 
     require_hardware(plan.config)
     require_host_memory(plan)

@@ -15,9 +15,9 @@ from lowmem.optim.assign import learning_rate, takes_rank
 from lowmem.optim.convert import convert
 from lowmem.optim.methods import method_spec
 from lowmem.planner.plan import Plan
+from lowmem.train.build import declared
 from lowmem.train.checkpoint import read_state
 from lowmem.train.convert import written_optimizer
-from lowmem.train.loop import declared
 
 LEAST_RANK = 4
 SAME_EVERYWHERE = ("betas", "gap")  # options that mean the same to every method that has them

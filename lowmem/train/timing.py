@@ -14,7 +14,7 @@ from torch import Tensor
 from lowmem.config.schema import Config, settled
 from lowmem.optim.step import gather
 from lowmem.planner.plan import Choice
-from lowmem.train.loop import build
+from lowmem.train.build import build
 
 _EVALUATION = 1 / 3  # of a micro-batch's time: a forward pass without its backward
 

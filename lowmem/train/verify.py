@@ -35,11 +35,11 @@ from lowmem.planner.persistent import bytes_by_part, persistent_tensors, tables
 from lowmem.planner.plan import Plan
 from lowmem.planner.rehearse import EVALUATE, GATHER, STEP, Rehearsal, rehearse
 from lowmem.train import checkpoint
+from lowmem.train.build import build
 from lowmem.train.cap import capped
 from lowmem.train.comparison import BUILD, SAVE, WHOLE, Measured, compared
 from lowmem.train.evaluate import evaluate
 from lowmem.train.guard import told_out_of_memory
-from lowmem.train.loop import build
 from lowmem.train.meters import Meter, meter_of
 from lowmem.train.out_of_memory import out_of_memory_table
 from lowmem.train.rates import measured_rates

@@ -20,10 +20,10 @@ from lowmem.config.schema import Config
 from lowmem.data.batches import Batches
 from lowmem.data.sample import sample_corpus
 from lowmem.train import checkpoint
+from lowmem.train.build import build
 from lowmem.train.disk import Patience
 from lowmem.train.events import Event, Saved
 from lowmem.train.guard import StopRequest
-from lowmem.train.loop import build
 from lowmem.train.run import Run
 from lowmem.train.saver import Saver
 from lowmem.train.snapshot import Position

@@ -31,8 +31,8 @@ from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
 from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
+from lowmem.train.build import build
 from lowmem.train.checkpoint import model_folder, restore, save, signed, verify
-from lowmem.train.loop import build
 from lowmem.train.run import Run
 from lowmem.train.snapshot import Position
 from tests.fuzz.mutation import changed_json, damaged, files_of

@@ -16,7 +16,7 @@ from lowmem.model.llama import Llama
 from lowmem.planner.model_bytes import model_bytes
 from lowmem.planner.plan import Choice
 from lowmem.planner.rehearse import rehearse
-from lowmem.train.loop import require_hardware
+from lowmem.train.build import require_hardware
 from tests.kernels.calls import Calls
 
 CONFIG = ModelConfig(

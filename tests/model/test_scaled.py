@@ -10,7 +10,7 @@ from lowmem.config.schema import Config, Matmul, ModelConfig
 from lowmem.errors import HardwareError
 from lowmem.model.llama import Llama
 from lowmem.model.scaled import layer_type
-from lowmem.train.loop import require_hardware
+from lowmem.train.build import require_hardware
 
 CONFIG = ModelConfig(
     hidden_size=32,

@@ -10,7 +10,7 @@ from lowmem.config.schema import Config
 from lowmem.data.batches import Batches, UpdateBatch
 from lowmem.data.shards import Corpus
 from lowmem.tensorfile import read_tensors
-from lowmem.train import loop
+from lowmem.train.build import text_of
 from lowmem.train.loop import train
 from lowmem.train.run import Run
 
@@ -68,7 +68,7 @@ def test_another_micro_batch_or_recomputation_changes_only_rounding(
     start = run.checkpoints / "step-000004"
     assert command(["resume", str(start), *flags, "--quiet"]) == 0
     assert {update for update, _ in seen} >= {4, 5, 6, 7}
-    assert dict(seen) == {u: of(loop.text_of(config, tiny_corpus)[0], u).digest() for u, _ in seen}
+    assert dict(seen) == {u: of(text_of(config, tiny_corpus)[0], u).digest() for u, _ in seen}
     after = finished(run)
     assert after[:4] == before[:4]
     if exact:

@@ -18,8 +18,8 @@ from lowmem.errors import CheckpointError
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
 from lowmem.tensorfile import read_tensors
+from lowmem.train.build import build
 from lowmem.train.checkpoint import export, restore, save, signed, tidy, verify
-from lowmem.train.loop import build
 from lowmem.train.run import Run
 from lowmem.train.snapshot import Position
 

@@ -10,9 +10,10 @@ from lowmem.config.schema import Config
 from lowmem.data.shards import Corpus
 from lowmem.optim.bases import Basis
 from lowmem.train import diagnose
+from lowmem.train.build import build
 from lowmem.train.diagnose import assigned, diagnosed
 from lowmem.train.events import Assigned, Diagnosed, Event
-from lowmem.train.loop import build, train
+from lowmem.train.loop import train
 from lowmem.train.run import Run
 
 MakeConfig = Callable[..., Config]

@@ -15,7 +15,7 @@ from lowmem.config.schema import Config
 from lowmem.data.batches import Batches, UpdateBatch
 from lowmem.data.shards import Corpus
 from lowmem.tensorfile import read_tensors
-from lowmem.train import loop
+from lowmem.train.build import text_of
 from lowmem.train.checkpoint import signed
 from lowmem.train.elastic import first_that_fits, halved, ways_down
 from lowmem.train.loop import train
@@ -103,7 +103,7 @@ def test_a_converted_run_goes_on_without_a_jump(
     assert after[:HALF] == unbroken[:HALF]
     # Losses fall from 6.0 to about 5.5 here; a state in another basis would be noise of that size.
     assert after[HALF:] == pytest.approx(unbroken[HALF:], abs=0.1)
-    original = loop.text_of(run.config, tiny_corpus)[0]
+    original = text_of(run.config, tiny_corpus)[0]
     assert dict(seen) == {update: of(original, update).digest() for update in dict(seen)}
     rates = [line["lr"] for line in run.metrics() if "lr" in line]
     assert len(rates) == 2 * HALF

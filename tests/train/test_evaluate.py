@@ -12,9 +12,10 @@ from lowmem.data.shards import Corpus
 from lowmem.errors import OutOfMemoryError
 from lowmem.model.llama import Llama
 from lowmem.train import evaluate as subject
+from lowmem.train.build import build
 from lowmem.train.checkpoint import export
 from lowmem.train.evaluate import evaluate, evaluate_folder, perplexity, validation_of
-from lowmem.train.loop import build, train
+from lowmem.train.loop import train
 from lowmem.train.run import Run
 
 MakeConfig = Callable[..., Config]

@@ -19,10 +19,11 @@ from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors
 from lowmem.train import loop
+from lowmem.train.build import declared
 from lowmem.train.cap import Cap
 from lowmem.train.events import Eased, Event, Finished, Started, Trained
 from lowmem.train.ladder import Ladder
-from lowmem.train.loop import declared, train
+from lowmem.train.loop import train
 from lowmem.train.run import Run
 from lowmem.train.rungs import rungs_of
 from lowmem.transfers import HOST

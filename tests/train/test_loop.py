@@ -12,13 +12,14 @@ import torch
 from lowmem.config.schema import Config
 from lowmem.data.batches import Batches
 from lowmem.data.shards import Corpus
-from lowmem.errors import ConfigError, DataError, DivergedError, OutOfMemoryError
+from lowmem.errors import DataError, DivergedError, OutOfMemoryError
 from lowmem.model.llama import Llama
 from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors
+from lowmem.train.build import build
 from lowmem.train.events import Eased, Evaluated, Event, Finished, Grown, Measured, Started
-from lowmem.train.loop import build, train
+from lowmem.train.loop import train
 from lowmem.train.run import Run
 from lowmem.train.schedule import learning_rate
 from lowmem.train.watch import DeviceReading, Watch
@@ -164,22 +165,6 @@ def test_a_diverging_run_stops_before_the_weights_change(
         planned_run(tiny_config(guard={"skips": 0, "rollbacks": 0}), tiny_corpus)
     with pytest.raises(DivergedError, match="loss nan"):  # however patient: no update was good
         planned_run(tiny_config(), tiny_corpus, "patient")
-
-
-@pytest.mark.parametrize("processes", ["2", "many"])
-def test_a_launcher_of_several_processes_is_refused(
-    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, processes: str
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    with pytest.raises(ConfigError, match=f"WORLD_SIZE={processes}: a run is one process"):
-        build(tiny_config())
-
-
-def test_a_launcher_of_one_process_is_not(
-    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    build(make_plan(tiny_config(), find_card("24GB", "cpu"), []).config)
 
 
 def test_a_corpus_of_validation_files_cannot_be_trained_on(

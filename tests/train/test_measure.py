@@ -9,8 +9,8 @@ import torch
 from lowmem.config.schema import Config
 from lowmem.kernels.random_normal import lookup_table
 from lowmem.planner.plan import Card, Choice, Memory, Plan
+from lowmem.train.build import build
 from lowmem.train.events import Event, Measured
-from lowmem.train.loop import build
 from lowmem.train.measure import measured_peak, memory_bytes
 
 MakeConfig = Callable[..., Config]

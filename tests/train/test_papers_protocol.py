@@ -23,9 +23,10 @@ from lowmem.model.llama import Llama
 from lowmem.optim.step import gather
 from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
+from lowmem.train.build import build, text_of
 from lowmem.train.evaluate import evaluate, evaluate_documents, evaluate_folder, validation_of
 from lowmem.train.events import Event, Measured, Trained
-from lowmem.train.loop import build, text_of, train
+from lowmem.train.loop import train
 from lowmem.train.run import Run
 from tests.conftest import tiny_documents
 

@@ -11,7 +11,7 @@ from lowmem.config.schema import Config, ModelConfig, settled
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.optim.step import gather
 from lowmem.planner.ways import clip_of
-from lowmem.train.loop import declared
+from lowmem.train.build import declared
 from lowmem.train.schedule import learning_rate
 from tests.conftest import TINY_MODEL
 

@@ -22,11 +22,12 @@ from lowmem.planner.hardware import find_card
 from lowmem.planner.search import make_plan
 from lowmem.tensorfile import read_tensors, sha256_of
 from lowmem.train import checkpoint, disk, loop, saver
+from lowmem.train.build import declared_bytes
 from lowmem.train.disk import Patience, most_at_once, require_room
 from lowmem.train.events import Continued, Event, Paused, Saved, Storage, Trained
 from lowmem.train.guard import StopRequest
 from lowmem.train.lock import held
-from lowmem.train.loop import declared_bytes, train
+from lowmem.train.loop import train
 from lowmem.train.retention import kept_at_most, superseded
 from lowmem.train.run import Run
 from lowmem.train.saver import Saver
