@@ -74,7 +74,7 @@ def reproduce(given: Given, name: str, asked: Asked, *, as_json: bool) -> None:
             return
         corpus = corpus_of(run.config, console)
         trained(run, corpus, console)
-    result = verdict(run, _read(corpus, run.config), settings)
+    result = verdict(run, _read(corpus), settings)
     result.write(run.folder)
     console.say(f"report {write_report(run.folder)}")
     _show(console, result, run.folder, as_json=as_json)
@@ -165,7 +165,7 @@ def _scale_for(plan: Plan, seconds: float, console: Console) -> float:
     return scale
 
 
-def _read(corpus: "Corpus", config: Config) -> Read:
+def _read(corpus: "Corpus") -> Read:
     """What the run has read, from the manifest of its corpus."""
     source = corpus.manifest["source"]
     files = [one["name"] for one in source.get("inputs", [])]

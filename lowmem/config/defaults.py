@@ -42,18 +42,8 @@ def settle(config: Config, *, cuda: bool) -> tuple[Config, list[str]]:
     updates: int | Auto = "auto"  # hours: by the planner, which knows how fast the card is
     if config.train.hours is None:
         updates = _updates(config, model, rows * seq_len, device, notes)
-    optimizer = config.optimizer
-    if optimizer.lr == STEP_LAW:
-        if updates == "auto":
-            raise ConfigError(
-                f'optimizer.lr = "{STEP_LAW}" with train.hours',
-                "the law needs the number of tokens, which --hours leaves to the speed of the card",
-                "--tokens or --updates instead of --hours, or --lr RATE",
-            )
-        rate, note = rate_by_law(config, model, rows, seq_len, updates)
-        optimizer = optimizer.model_copy(update={"lr": rate})
-        notes.append(note)
     changes: dict[str, Any] = {
+        "optimizer": _rate(config, model, rows, seq_len, updates, notes),
         "train": {
             "device": device,
             "batch": f"{rows}seq",
@@ -66,7 +56,7 @@ def settle(config: Config, *, cuda: bool) -> tuple[Config, list[str]]:
     sections = {
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
     }
-    filled = config.model_copy(update={"model": spec, "optimizer": optimizer, **sections})
+    filled = config.model_copy(update={"model": spec, **sections})
     return (filled if updates == "auto" else with_updates(filled, updates)), notes
 
 
@@ -145,6 +135,27 @@ def _updates(
     updates = math.ceil(TOKENS_PER_PARAMETER * model.parameters / tokens_per_update)
     notes.append(f"updates {updates}: {TOKENS_PER_PARAMETER} tokens per parameter")
     return updates
+
+
+def _rate(
+    config: Config,
+    model: ModelConfig,
+    rows: int,
+    seq_len: int,
+    updates: int | Auto,
+    notes: list[str],
+) -> dict[str, float]:
+    if config.optimizer.lr != STEP_LAW:
+        return {}
+    if updates == "auto":
+        raise ConfigError(
+            f'optimizer.lr = "{STEP_LAW}" with train.hours',
+            "the law needs the number of tokens, which --hours leaves to the speed of the card",
+            "--tokens or --updates instead of --hours, or --lr RATE",
+        )
+    rate, note = rate_by_law(config, model, rows, seq_len, updates)
+    notes.append(note)
+    return {"lr": rate}
 
 
 def _weights(config: Config, device: str) -> WeightFormat | Auto:

@@ -51,16 +51,7 @@ def assemble(
         name: ShardWriter(out, name, dtype, tokenizer.vocab_size, options.limit(name), indexed=rows)
         for name in SPLITS
     }
-    if rows:
-        cut = _write_shuffled(pieces, dtype, writers)
-    elif pieces["validation"] or not pieces["train"]:
-        cut = "files"
-        for name in SPLITS:
-            for piece in pieces[name]:
-                tokens, lengths, _ = piece.arrays(dtype)
-                writers[name].write(tokens, lengths)
-    else:
-        cut = _hold_out(pieces["train"], dtype, writers)
+    cut = (_write_shuffled if rows else _write_packed)(pieces, dtype, writers)
     skipped = {name: sum(piece.skipped for piece in pieces[name]) for name in SPLITS}
     splits = {name: writers[name].close() | {"skipped": skipped[name]} for name in SPLITS}
     tokenizer.save(out)
@@ -214,6 +205,19 @@ def _held_out(pieces: Sequence[Piece], dtype: np.dtype[Any]) -> list[np.ndarray]
     if held == documents or (held == 0 and documents > 1):
         _flip_one(pieces, dtype, masks, lowest=held == 0)
     return masks
+
+
+def _write_packed(
+    pieces: dict[Split, list[Piece]], dtype: np.dtype[Any], writers: dict[Split, ShardWriter]
+) -> str:
+    """Write both splits as they come; how they were cut, for the manifest."""
+    if not pieces["validation"] and pieces["train"]:
+        return _hold_out(pieces["train"], dtype, writers)
+    for name in SPLITS:
+        for piece in pieces[name]:
+            tokens, lengths, _ = piece.arrays(dtype)
+            writers[name].write(tokens, lengths)
+    return "files"
 
 
 def _hold_out(

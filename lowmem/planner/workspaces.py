@@ -28,15 +28,11 @@ as total, CUDA cannot have it (some 350 MiB of 24 GB)."""
 HOST_MARGIN = 0.10
 """Of the host's available memory: other programs come and go [assumed]."""
 
-NCCL = 0
-"""One card makes no communicator; with more, hundreds of MiB each, to be measured then."""
-
-_CUBLAS_SLOTS = 2 * 33_554_432
+CUBLAS_WORKSPACE = 2 * 33_554_432
 # ":4096:8" (cli/main.py) asks for 8 buffers of 4,096 KiB = 32 MiB per handle and stream, whatever
 # the architecture [source: cuBLAS documentation, CUBLAS_WORKSPACE_CONFIG]. Two threads multiply,
 # ours and autograd's, each with a handle of its own [assumed]. cuBLASLt takes 1 MiB or shares it.
 # PyTorch's defaults, which we override: 8,519,680 B per handle, 33,554,432 B on Hopper.
-CUBLAS_WORKSPACE = _CUBLAS_SLOTS
 
 _MULTIPROCESSORS = 132  # of the largest cards that are common
 _QR_PANEL = 64  # columns that blocked Householder QR works on at once [assumed]
