@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +30,13 @@ input of a block below is on its way.
 RECOMPUTE = "keep:2,attn:1,full"  # that gives them
 
 
-Piece = tuple[int, int, bool, int]
-"""Of a gradient: first row, rows, whether it is handed as a whole, and how many micro-batches of a
-layer-major update are left."""
+class Piece(NamedTuple):
+    """Of a gradient: whole, or some rows. left: micro-batches of a layer-major update after it."""
+
+    start: int
+    rows: int
+    whole: bool
+    left: int
 
 
 @dataclass
@@ -153,10 +158,10 @@ class _Listener(Optimizer):
         self.recorder = recorder
 
     def receive(self, name: str, grad: Tensor) -> None:
-        self.recorder.hand(name, (0, len(grad), True, self.left))
+        self.recorder.hand(name, Piece(0, len(grad), True, self.left))
 
     def receive_rows(self, name: str, start: int, rows: Tensor) -> None:
-        self.recorder.hand(name, (start, len(rows), False, self.left))
+        self.recorder.hand(name, Piece(start, len(rows), False, self.left))
 
     def wants_survey(self, name: str) -> bool:
         return False  # the moments are those of the rows that follow

@@ -123,7 +123,7 @@ def _all_received(
     tracker: LiveBytes, owner: Optimizer, name: str, pieces: list[Piece]
 ) -> list[Call]:
     """A survey of the rows is part of the first call: the model makes them at the same height."""
-    if pieces[0][2] or not owner.wants_survey(name):
+    if pieces[0].whole or not owner.wants_survey(name):
         return [_received(tracker, owner, name, piece) for piece in pieces]
     weight, before, highest = owner.slots[name].weight, tracker.live, 0
     for start, rows, _, _ in pieces:

@@ -56,8 +56,11 @@ def smallest_settings(job: Job, kind: Kind, way: Way) -> list[Choice]:
     fixed = job.config.train.micro_batch
     sizes = {job.rows} if way.update == "fused" else {1, job.rows}
     sizes = sizes if fixed == "auto" else {settled(fixed)}
-    settings = _recompute(job, way, "full"), _logits(job, "recompute")
-    return [job.choice(kind, way, *settings, size) for size in sorted(sizes)]
+    return [_smallest_with(job, kind, way, size) for size in sorted(sizes)]
+
+
+def _smallest_with(job: Job, kind: Kind, way: Way, micro: int) -> Choice:
+    return job.choice(kind, way, _recompute(job, way, "full"), _logits(job, "recompute"), micro)
 
 
 def ways_of(job: Job, kind: Kind) -> list[Way]:
@@ -93,14 +96,13 @@ def _micro_batches(job: Job, kind: Kind, way: Way, room: int) -> list[int]:
     if way.update == "fused":
         return [job.rows]
 
-    def fits(size: int) -> bool:
-        settings = _recompute(job, way, "full"), _logits(job, "recompute")
-        return job.fits(job.choice(kind, way, *settings, size), room)
+    def fits(index: int) -> bool:
+        return job.fits(_smallest_with(job, kind, way, sizes[index]), room)
 
     most = min(most_rows(job), job.rows - 1)
     powers = {size for power in range(20) for size in (2**power, 3 * 2**power)}
     sizes = sorted(size for size in powers if size <= most)
-    last = last_that_fits(len(sizes), lambda index: fits(sizes[index])) if sizes else None
+    last = last_that_fits(len(sizes), fits) if sizes else None
     whole = [job.rows] if job.rows <= most_rows(job) or last is None else []
     return [*(sizes[: last + 1] if last is not None else []), *whole]
 
@@ -113,10 +115,10 @@ def _least_recomputed(job: Job, hope: Choice, room: int) -> Choice | None:
     """As `hope`, which recomputes least, or with as little more recomputed as fits."""
     if job.fits(hope, room):
         return hope
-    ways = (
-        [hope] if job.config.train.logits != "auto" else [hope, replace(hope, logits="recompute")]
-    )
-    found = [_fewest_blocks(job, way, room) for way in ways]
+    hopes = [hope]
+    if job.config.train.logits == "auto":
+        hopes.append(replace(hope, logits="recompute"))
+    found = [_fewest_blocks(job, each, room) for each in hopes]
     return min((each for each in found if each is not None), key=job.seconds, default=None)
 
 
