@@ -25,6 +25,7 @@ from lowmem.kernels import (
     unproject_write,
 )
 from lowmem.kernels.adam8 import ADAM8, Moment8, add_adam8_direction
+from lowmem.kernels.descent import Descent
 from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.drawn_projection import channel_norms, project_on_line
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
@@ -141,18 +142,10 @@ def _scaled_codes(elements: int, device: torch.device) -> Tensors:
 
 
 def _scaled_step(full: Tensor, factors: Tensor, *stored: Tensor) -> Tensors:
-    """A step of a bfloat16 weight or one in codes, with decay before it."""
     weight: Weight = stored[0]
     if len(stored) > 1:
         weight = GroupedWeight(stored[0], stored[1], stored[2], _GROUP)
-    step, seed, offset = Scaled(full, factors, 0.5), 7, 2**31 - 100
-    if not step.write(weight, alpha=-0.01, decay=0.001, decay_first=True, seed=seed, offset=offset):
-        exact = weight.float() if isinstance(weight, Tensor) else weight.values()
-        step(exact.add_(exact, alpha=-0.001), 0, len(exact), -0.01)
-        if isinstance(weight, Tensor):
-            round_into(weight, exact, seed, offset)
-        else:
-            weight.store(exact, (seed, offset))
+    _write(weight, Scaled(full, factors, 0.5))
     return stored
 
 
@@ -208,17 +201,19 @@ def _written_codes(
     return codes, scales, zeros
 
 
-def _write(weight: Weight, step: Product) -> None:
-    """By the kernel where it runs, else all rows at once; offset: where the index wraps."""
-    alpha, decay, seed, offset = -0.125, 2.0**-10, 7, 2**31 - 100
-    if step.write(weight, alpha=alpha, decay=decay, decay_first=True, seed=seed, offset=offset):
+_DESCENT = Descent(-0.125, 2.0**-10, True, seed=7, offset=2**31 - 100)  # where the index wraps
+
+
+def _write(weight: Weight, step: Product | Scaled) -> None:
+    """By the kernel where it runs, else all rows at once."""
+    if step.write(weight, _DESCENT):
         return
     exact = weight.float() if isinstance(weight, Tensor) else weight.values()
-    step(exact.add_(exact, alpha=-decay), 0, len(exact), alpha)
+    _DESCENT.move(exact, step, 0, len(exact))
     if isinstance(weight, Tensor):
-        round_into(weight, exact, seed, offset)
+        round_into(weight, exact, _DESCENT.seed, _DESCENT.offset)
     else:
-        weight.store(exact, (seed, offset))
+        weight.store(exact, (_DESCENT.seed, _DESCENT.offset))
 
 
 def _coded(elements: int, device: torch.device, *, turned: bool) -> Tensors:

@@ -4,7 +4,7 @@
 
     step = Scaled(gradient, scales, 0.5)
     step(rows, 0, 512, -lr)                     # to float32 rows, in plain PyTorch: any weight
-    step.write(weight, alpha=-lr, ...)          # to the whole weight, where the kernel runs
+    step.write(weight, Descent(-lr))            # to the whole weight, where the kernel runs
 
 The arithmetic is float32, in the order and with the fused products of PyTorch's own operators on
 a CPU, and the noise that of `rounding.py` and `groupwise.py`: the bits that are written are theirs.
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lowmem.kernels.descent import Descent
 from lowmem.kernels.dispatch import Kernel
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.groupwise import uniform
-from lowmem.kernels.rounding import seed_words, signed
 
 _NUMBERS = (
     "float alpha, float decay, bool decay_first, int seed_low, int seed_high, int offset) -> ()"
@@ -49,28 +49,18 @@ class Scaled:
         scales = self.scales if len(self.scales) == 1 else self.scales[start:stop]
         rows.addcmul_(self.full[start:stop], scales, value=alpha * self.factor)
 
-    def write(
-        self,
-        weight: Weight,
-        *,
-        alpha: float,
-        decay: float,
-        decay_first: bool,
-        seed: int,
-        offset: int,
-    ) -> bool:
-        """weight <- weight + alpha * step, less `decay` of itself; rounded with the noise of
-        (seed, offset + element). False, and nothing is done, where no kernel writes this weight.
-        """
+    def write(self, weight: Weight, descent: Descent) -> bool:
+        """Change the weight by the descent; False, and nothing is done, where no kernel does."""
         if not self._writes(weight):
             return False
-        numbers = (alpha * self.factor, decay, decay_first, *seed_words(seed), signed(offset))
+        numbers = (descent.alpha * self.factor, descent.decay, descent.decay_first)
+        words = descent.noise_words
         if isinstance(weight, Tensor):
-            WRITE(self.full, self.scales, weight, *numbers)
+            WRITE(self.full, self.scales, weight, *numbers, *words)
         else:
             how = (weight.group, weight.noise is not None, weight.span_zero)
             into = (weight.codes, weight.scales, weight.zeros)
-            WRITE_CODES(self.full, self.scales, *into, *how, *numbers)
+            WRITE_CODES(self.full, self.scales, *into, *how, *numbers, *words)
         return True
 
     def _writes(self, weight: Weight) -> bool:

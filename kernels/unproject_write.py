@@ -4,7 +4,7 @@
 
     step = Product(low, basis.T)
     step(rows, 0, 512, -lr)                     # to float32 rows, in plain PyTorch: any weight
-    step.write(weight, alpha=-lr, ...)          # to the whole weight, where the kernel runs
+    step.write(weight, Descent(-lr))            # to the whole weight, where the kernel runs
 
 A tile of A B is summed in float32 registers, meets its part of W there, and only what is kept of W
 is written: one pass over W, one over G, one launch. PyTorch rounds A B of bfloat16 factors once
@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowmem.kernels.descent import Descent
 from lowmem.kernels.dispatch import Kernel
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.groupwise import uniform
-from lowmem.kernels.rounding import seed_words, signed
 from lowmem.kernels.scaled_write import Scaled
 
 _STEP = "Tensor first, Tensor second, bool across, Tensor? rest, Tensor? factors, "
@@ -63,21 +63,11 @@ class Product:
         if self.rest is not None:
             self.rest(rows, start, stop, alpha)
 
-    def write(
-        self,
-        weight: Weight,
-        *,
-        alpha: float,
-        decay: float,
-        decay_first: bool,
-        seed: int,
-        offset: int,
-    ) -> bool:
-        """weight <- weight + alpha * step, less `decay` of itself; rounded with the noise of
-        (seed, offset + element). False, and nothing is done, where no kernel writes this weight.
-        """
-        numbers = (alpha, alpha * (self.rest.factor if self.rest else 0.0), decay, decay_first)
-        words = (*seed_words(seed), signed(offset))
+    def write(self, weight: Weight, descent: Descent) -> bool:
+        """Change the weight by the descent; False, and nothing is done, where no kernel does."""
+        share = descent.alpha * (self.rest.factor if self.rest else 0.0)
+        numbers = (descent.alpha, share, descent.decay, descent.decay_first)
+        words = descent.noise_words
         if isinstance(weight, Tensor):
             # addmm moves a float32 weight in place and in one pass.
             plain = weight.dtype == torch.float32 and self.rest is None

@@ -9,38 +9,14 @@ The arithmetic is float32 in all of them.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lowmem.kernels.descent import Descent, Step, WritesItself
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.rounding import round_into
 from lowmem.kernels.slices import BLOCK, row_slices
-
-Step = Callable[[Tensor, int, int, float], None]
-"""step(rows, start, stop, alpha): add alpha * direction[start:stop] to these float32 rows of the
-weight. Called once for every group of rows, from the first to the last; start * row length is a
-multiple of 256. The whole direction need never be in memory."""
-
-
-@runtime_checkable
-class WritesItself(Protocol):
-    """What else a Step may have: a kernel that does all of `write` for some weights."""
-
-    def write(
-        self,
-        weight: Weight,
-        *,
-        alpha: float,
-        decay: float,
-        decay_first: bool,
-        seed: int,
-        offset: int,
-    ) -> bool:
-        """weight <- weight + alpha * direction, less `decay` of itself, with the noise of (seed,
-        offset + element). False, and nothing is done, where no kernel does that: its rows are
-        asked for."""
 
 
 def rows_of(weight: Weight, start: int, stop: int) -> Weight:
@@ -116,54 +92,34 @@ def write(
     one, the number of the first; noise belongs to elements of the whole. The arithmetic is float32
     whatever the weight's format; no full-size temporary appears.
     """
-    decay = lr * weight_decay
+    width = weight.numel() // max(1, weight.shape[0])
+    descent = Descent(-lr, lr * weight_decay, decay_first, seed, first_row * width)
     if isinstance(step, DependentStep):
         step.look(row_groups(weight))
-    if isinstance(step, WritesItself):
-        offset = first_row * (weight.numel() // max(1, weight.shape[0]))
-        if step.write(
-            weight, alpha=-lr, decay=decay, decay_first=decay_first, seed=seed, offset=offset
-        ):
-            return
-
-    def moved(exact: Tensor, start: int, stop: int) -> Tensor:
-        # Not times 1 - decay: in float32 that rounds away the digits of a small decay.
-        if decay_first and decay:
-            exact.add_(exact, alpha=-decay)
-        step(exact, start, stop, -lr)
-        if not decay_first and decay:
-            exact.add_(exact, alpha=-decay)
-        return exact
-
+    if isinstance(step, WritesItself) and step.write(weight, descent):
+        return
     if isinstance(weight, GroupedWeight):
-        _write_codes(weight, moved, seed, first_row)
+        _write_codes(weight, step, descent)
     else:
-        # With decay, rows that have just been decayed are still in the cache.
-        at_once = isinstance(step, OnePassStep) and not decay and weight.dtype == torch.float32
-        _write_floats(weight, moved, seed, first_row, weight.numel() if at_once else None)
+        _write_floats(weight, step, descent)
 
 
-Moved = Callable[[Tensor, int, int], Tensor]
-
-
-def _write_floats(
-    weight: Tensor, moved: Moved, seed: int, first_row: int, elements: int | None
-) -> None:
-    """elements: of a group of rows, if not as many as suit the device."""
+def _write_floats(weight: Tensor, step: Step, descent: Descent) -> None:
+    # With decay, rows that have just been decayed are still in the cache.
+    at_once = isinstance(step, OnePassStep) and not descent.decay and weight.dtype == torch.float32
     width = weight.numel() // max(1, weight.shape[0])
-    for start, stop in row_slices(weight, elements=elements):
+    for start, stop in row_slices(weight, elements=weight.numel() if at_once else None):
         target = weight[start:stop]
         exact = target if target.dtype == torch.float32 else target.float()
-        moved(exact, start, stop)
+        descent.move(exact, step, start, stop)
         if exact is not target:
-            round_into(target, exact, seed, (first_row + start) * width)
+            round_into(target, exact, descent.seed, descent.offset + start * width)
 
 
-def _write_codes(weight: GroupedWeight, moved: Moved, seed: int, first_row: int) -> None:
+def _write_codes(weight: GroupedWeight, step: Step, descent: Descent) -> None:
     """Row group by row group: whole blocks of the moments and whole groups of the codes."""
     width = weight.numel() // max(1, weight.shape[0])
     for start, stop in row_bounds(weight):
         rows = weight.rows(start, stop)
-        exact = moved(rows.values(), start, stop)
-        at = (first_row + start) * width
-        rows.store(exact, (seed, at))
+        exact = descent.move(rows.values(), step, start, stop)
+        rows.store(exact, (descent.seed, descent.offset + start * width))

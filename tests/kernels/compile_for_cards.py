@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from lowmem.kernels import rms_norm, rope, scaled_matmul, swiglu
+from lowmem.kernels.descent import Descent
 from lowmem.kernels.dispatch import Kernel, forced
 from lowmem.kernels.examples import EXAMPLES
 from lowmem.kernels.grouped_weight import GroupedWeight
@@ -128,7 +129,7 @@ def write_product(form: str, factors: torch.dtype, lines: str) -> None:
     factor = torch.ones(256, 64, dtype=factors)
     step = Product(factor, factor.T, Scaled(values, scales, 0.5) if lines else None)
     with forced("triton"):
-        done = step.write(weight, alpha=0.1, decay=0.1, decay_first=False, seed=1, offset=0)
+        done = step.write(weight, Descent(0.1, decay=0.1, seed=1))
     assert done
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowmem.kernels.descent import Descent
 from lowmem.kernels.dispatch import forced
 from lowmem.kernels.grouped_weight import GroupedWeight, Weight
 from lowmem.kernels.rounding import round_into
@@ -114,7 +115,7 @@ def test_steps_below_a_last_bit_move_the_weight_on_average(triton_kernels: torch
     step = Scaled(torch.ones_like(weight), torch.ones(1, 1, device=triton_kernels), 2.0**-7 / 10)
     updates, lr = 16, 1.0
     for update in range(updates):
-        assert step.write(weight, alpha=lr, decay=0.0, decay_first=False, seed=update, offset=0)
+        assert step.write(weight, Descent(lr, seed=update))
     moved = (weight.double() - 1).mean().item() / 2.0**-7
     # The variance of a two-valued step is 0.1 * 0.9; four standard errors of 1024 weights.
     assert moved == pytest.approx(updates / 10, abs=4 * (updates * 0.09 / 1024) ** 0.5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowmem.kernels.descent import Descent
 from lowmem.kernels.dispatch import forced
 from lowmem.kernels.grouped_weight import GroupedWeight
 from lowmem.kernels.scaled_write import Scaled
@@ -277,7 +278,7 @@ def test_weights_that_no_kernel_writes_are_left_to_the_pieces(what: str) -> None
     before = [each.clone() for each in parts(weight)]
     step = Product(torch.ones(16, 4), torch.ones(4, weight.shape[1]))
     with forced("triton"), Calls() as calls:
-        done = step.write(weight, alpha=1.0, decay=0.0, decay_first=True, seed=1, offset=0)
+        done = step.write(weight, Descent(1.0, seed=1))
     assert not done
     assert not calls.kernels
     assert all(map(torch.equal, parts(weight), before))
