@@ -14,7 +14,7 @@ from lowmem.units import format_bytes
 if TYPE_CHECKING:
     import torch
 
-    from lowmem.kernels.examples import Example
+    from lowmem.kernels.example import Example
 
 _ELEMENTS = 2**22 + 77  # the last block is short
 _INTERPRETED = 5003  # elements; seconds for more
@@ -135,7 +135,7 @@ def _compared(
 ) -> Row:
     """The kernel that runs on the device, against its reference, with the times of both."""
     from lowmem.kernels.dispatch import forced
-    from lowmem.kernels.examples import difference
+    from lowmem.kernels.example import difference
     from lowmem.kernels.measure import cache_bytes, median_seconds, rotating
 
     runs_in = example.kernel.implementation(device.type)
@@ -159,7 +159,7 @@ def _interpreted(example: "Example") -> Row:
     import torch
 
     from lowmem.kernels.dispatch import forced
-    from lowmem.kernels.examples import difference
+    from lowmem.kernels.example import difference
 
     cpu, name = torch.device("cpu"), example.kernel.name
     moved = round(_INTERPRETED * example.bytes)

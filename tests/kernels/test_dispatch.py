@@ -1,5 +1,6 @@
 """Every kernel gives what its reference gives, wherever it runs, and allocates nothing."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,13 +15,32 @@ from hypothesis import strategies as st
 from lowmem.errors import ConfigError, HardwareError
 from lowmem.kernels import dispatch
 from lowmem.kernels.dispatch import forced, rehearsing
-from lowmem.kernels.examples import EXAMPLES, Example, difference
+from lowmem.kernels.example import Example, difference
+from lowmem.kernels.examples import EXAMPLES
 from tests.kernels.calls import Calls
 
 NAMES = [example.kernel.name for example in EXAMPLES]
 NATIVE = [example for example in EXAMPLES if example.kernel.native]
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+
+
+def test_every_kernel_has_an_example() -> None:
+    """Whatever module of kernels/ declares it; Triton's modules declare none."""
+    files = (path.stem for path in (ROOT / "kernels").glob("*.py"))
+    modules = [
+        importlib.import_module(f"lowmem.kernels.{file}")
+        for file in files
+        if not file.endswith("_triton")
+    ]
+    declared = {
+        value.name
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, dispatch.Kernel)
+    }
+    assert declared == set(NAMES)
+    assert len(NAMES) == len(declared)
 
 
 def check(example: Example, elements: int, device: torch.device) -> None:
