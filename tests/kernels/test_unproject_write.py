@@ -149,6 +149,20 @@ def test_triton_writes_the_bits_of_the_pieces(
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("lines", ["rows", "columns"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rest_is_added_with_the_roundings_of_pytorch(
+    form: str, lines: str, triton_kernels: torch.device
+) -> None:
+    """Beside a product of zeros, with a factor and scales whose products with it are not exact."""
+    case = Case(form, (66, 128, 4), lines, exact=False, device=triton_kernels)
+    step = case.step
+    assert step.rest is not None
+    step = replace(step, first=torch.zeros_like(step.first), rest=replace(step.rest, factor=0.7))
+    found, wanted = (parts(case.written(choice, step)) for choice in ("triton", "reference"))
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
