@@ -4,12 +4,13 @@
 
 An update is a list of `Op`s. The time of each is the longer of operations / (utilisation x peak)
 and bytes / (0.8 x bandwidth), and times add up. What is not counted: gaps between kernels (small
-models on fast cards are slower than said), evaluation, saving, reading text. Needs no torch.
+models on fast cards are slower than said), an optimizer's float32 copies of slices, as if they
+stayed in the cache, evaluation, saving, reading text. Needs no torch.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lowmem.config.defaults import with_updates
@@ -104,7 +105,8 @@ class Work:
     """What a method does with a matrix (m, n) in a subspace of r dimensions, per update.
 
     moments: tensors of state, in the matrix's shape or the subspace's (low). reads: of the
-    gradient. products: in units of m n r. summed: of these, made per micro-batch where gradients
+    gradient, products included; one fewer where a drawn line's projection makes the norms too
+    (joined). products: in units of m n r. summed: of these, made per micro-batch where gradients
     are summed in the subspace. newton_schulz: it orthogonalises. rotations: products in units of
     m n d, of each side d that has a basis. searches: a refresh looks at the gradient. passes: more
     gradients, every `gap`.
@@ -113,6 +115,7 @@ class Work:
     moments: int = 2
     low: bool = False
     reads: int = 1
+    joined: bool = False
     products: int = 0
     summed: int = 0
     newton_schulz: bool = False
@@ -123,28 +126,32 @@ class Work:
 
 
 _PROJECTED = Work(low=True, products=4, summed=2, searches=True)
-_SCALED = Work(low=True, reads=2, products=2)
+_SCALED = Work(low=True, reads=3, joined=True, products=2)  # projection, norms, step
 WORK = {
     "galore": _PROJECTED,
     "natural_galore": _PROJECTED,
     "q_galore": _PROJECTED,
-    "fira": Work(low=True, reads=2, products=4, searches=True),
+    "fira": Work(low=True, reads=3, products=4, searches=True),
     "apollo": _SCALED,
     "apollo_mini": _SCALED,
     "q_apollo": _SCALED,
     "q_apollo_mini": _SCALED,
     "frugal": Work(low=True),
     "cosmos": Work(moments=1, products=12, newton_schulz=True),
-    "muon": Work(moments=1, newton_schulz=True),
+    "muon": Work(moments=1, reads=2, newton_schulz=True),
     "soap": Work(rotations=6),
     "lion": Work(moments=1),
-    "sgd_sai": Work(moments=1),
-    "adam_mini": Work(moments=1),
-    "scale": Work(moments=0, reads=2),
-    "racs": Work(moments=0, reads=6),
+    "sgd_sai": Work(moments=1, reads=4),
+    "adam_mini": Work(moments=1, reads=2),
+    "adamp": Work(reads=2),
+    "magma": Work(reads=2),
+    "stable_spam": Work(reads=3),
+    "scale": Work(moments=0),
+    "racs": Work(moments=0, reads=9),
     "sophia": Work(passes=1, gap=10),
 }
-"""Methods that differ from AdamW, by what they are composed of; the tests count their products."""
+"""Methods that differ from AdamW, by what they are composed of; the tests count their products and
+how often a card reads the gradient."""
 
 
 def estimate(timed: Timed, card: Card) -> Speed | None:
@@ -254,6 +261,13 @@ def work_of(method: str) -> Work:
     return WORK.get(method, Work())
 
 
+def reads_of(timed: Timed, m: int, n: int) -> int:
+    """How often an update on a card reads the gradient of such a matrix."""
+    work = work_of(timed.choice.method)
+    drawn = timed.optimizer.options.get("projection", "random") == "random"
+    return work.reads - (work.joined and drawn and rank_of(timed, m, n) == 1)
+
+
 def gap_of(timed: Timed) -> int:
     return int(timed.optimizer.options.get("gap", work_of(timed.choice.method).gap))
 
@@ -340,6 +354,7 @@ def _matrix_update(timed: Timed, work: Work, m: int, n: int, count: int) -> Iter
     if products:
         yield Op("optimizer", "products", products, 0, count)
     share = large * rank / size if work.low else 1.0
+    work = replace(work, reads=reads_of(timed, m, n))
     element = _CODE if choice.weights == "int8" else _ACTIVATION
     moved = size * _bytes_per_element(choice, work, share, summed_inside=inside, weight=element)
     yield Op("optimizer", "traffic", 0, moved, count)
