@@ -65,6 +65,7 @@ def bench_kernels(given: Given, *, as_json: bool) -> None:
     """Times, and the share of a copy's bandwidth that each kernel reaches."""
     import torch
 
+    from lowmem.cli.bench_liger import beside_liger, show_liger
     from lowmem.cli.bench_products import product_times, show_products
     from lowmem.kernels.examples import EXAMPLES
     from lowmem.kernels.measure import copy_bandwidth
@@ -73,12 +74,13 @@ def bench_kernels(given: Given, *, as_json: bool) -> None:
     bandwidth = copy_bandwidth(device)
     elements = _BENCH_ELEMENTS[device.type]
     rows = [_compared(example, device, elements, check=False) for example in EXAMPLES]
-    products = list(product_times(device))
+    products, liger = list(product_times(device)), list(beside_liger(device))
     if as_json:
         facts = {"device": str(device), "threads": torch.get_num_threads(), "copy": bandwidth}
         tables = {
             "kernels": [asdict(row) for row in rows],
             "int8_products": [asdict(row) for row in products],
+            "liger": [asdict(row) for row in liger],
         }
         console.json({"schema_version": 1, **facts, **tables})
         return
@@ -87,6 +89,7 @@ def bench_kernels(given: Given, *, as_json: bool) -> None:
     columns = ["kernel", "runs in", ">time", ">reference", ">ratio", ">bytes", ">of a copy"]
     console.table(columns, [_bench_cells(row, bandwidth) for row in rows])
     show_products(console, products, device)
+    show_liger(console, liger, device)
 
 
 def _bench_cells(row: Row, bandwidth: float) -> list[str]:

@@ -64,7 +64,14 @@ ONLY_IN_FUNCTIONS = {
     "wandb",
     "trackio",
 }
-REFERENCES = {"galore_torch", "apollo_torch", "fira", "pytorch_optimizer", "q_galore_torch"}
+REFERENCES = {
+    "galore_torch",
+    "apollo_torch",
+    "fira",
+    "pytorch_optimizer",
+    "q_galore_torch",
+    "liger_kernel",
+}
 NOT_AT_RUN_TIME = {*REFERENCES, "pytest", "hypothesis"}
 
 
@@ -182,8 +189,8 @@ def test_what_only_tests_need_is_imported_by_tests_only() -> None:
         f"{found.place}: {found.module}"
         for found in IMPORTS
         if found.module.partition(".")[0] in NOT_AT_RUN_TIME
-        # `lowmem bench optimizer` times those that are installed beside ours.
-        and not (found.importer == "cli.bench_peers" and found.deferred)
+        # `lowmem bench` times those that are installed beside ours.
+        and not (found.importer in ("cli.bench_peers", "cli.bench_liger") and found.deferred)
     ]
     assert wrong == []
 
