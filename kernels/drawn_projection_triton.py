@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowmem.kernels.drawn_projection import SEGMENT
 from lowmem.kernels.random_normal_triton import normals
-from lowmem.kernels.rounding_triton import bits_of, nearest, widened
+from lowmem.kernels.rounding_triton import nearest, raw, unpacked
 
 # A segment of a row is read by one warp; of columns, so many together that memory is read in whole
 # lines. CHANNELS of a program, STEP of them at a time.
@@ -41,7 +41,7 @@ def _add_segments(
         tile = _TILES[right]
         grid = (triton.cdiv(channels, tile["CHANNELS"]), sums.shape[0])
         _segments[grid](
-            bits_of(full), table, sums, channels, side, *strides, seed_low, seed_high,
+            raw(full), table, sums, channels, side, *strides, seed_low, seed_high,
             SEGMENT=SEGMENT, **tile, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -73,7 +73,7 @@ def _segments(
         there = channel < channels
         lines = full + channel.to(tl.int64)[:, None] * channel_stride
         at = lines + place.to(tl.int64)[None, :] * side_stride
-        g = widened(tl.load(at, there[:, None] & inside[None, :], 0))
+        g = unpacked(tl.load(at, there[:, None] & inside[None, :], 0))
         tl.store(into + channel, tl.sum(g * g, axis=1), there)
         if table is not None:
             tl.store(into + channels + channel, tl.sum(g * line[None, :], axis=1), there)

@@ -11,21 +11,7 @@ _SIZE = 1024  # elements of a program
 def round_bf16(x: Tensor, out: Tensor, low: int, high: int, offset: int) -> None:
     if x.numel():
         grid, options = (triton.cdiv(x.numel(), _SIZE),), {"SIZE": _SIZE}
-        bits = out.view(torch.int16)  # the interpreter makes subnormal bfloat16 zero
-        _round[grid](x, bits, x.numel(), low, high, offset, **options, enable_fp_fusion=False)
-
-
-def bits_of(values: Tensor) -> Tensor:
-    """bfloat16 as int16 in the same memory, for `widened`; float32 as it is."""
-    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
-
-
-@triton.jit
-def widened(x):
-    """What was loaded from `bits_of`, as float32. Triton's interpreter cuts subnormals off."""
-    if x.dtype == tl.int16:
-        x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x
+        _round[grid](x, raw(out), x.numel(), low, high, offset, **options, enable_fp_fusion=False)
 
 
 @triton.jit

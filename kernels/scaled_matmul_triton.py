@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowmem.kernels.dispatch import interpreted
-from lowmem.kernels.rounding_triton import bits_of, nearest, widened
+from lowmem.kernels.rounding_triton import nearest, raw, unpacked
 from lowmem.kernels.scaled_matmul import LARGEST, SMALLEST_SCALE
 
 _PIECE = 2048  # of a row, read at a time
@@ -21,7 +21,7 @@ def row_codes(rows: Tensor, codes: Tensor, scales: Tensor) -> None:
     if count:
         piece = min(_PIECE, triton.next_power_of_2(max(1, width)))
         _row_codes[(count,)](
-            bits_of(rows), codes, scales, width, codes.shape[1], 1 / LARGEST[codes.dtype],
+            raw(rows), codes, scales, width, codes.shape[1], 1 / LARGEST[codes.dtype],
             SMALLEST_SCALE, interpreted(), piece, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -31,7 +31,7 @@ def column_codes(rows: Tensor, scales: Tensor, codes: Tensor, start: int) -> Non
     grid = (triton.cdiv(count, _ROWS), triton.cdiv(width, _COLUMNS))
     if rows.numel():
         _column_codes[grid](
-            bits_of(rows), scales, codes, count, width, codes.shape[1], start, interpreted(), _ROWS,
+            raw(rows), scales, codes, count, width, codes.shape[1], start, interpreted(), _ROWS,
             _COLUMNS, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -86,7 +86,7 @@ def _row_codes(
     codes += row.to(tl.int64) * stride
     largest = tl.zeros([PIECE], tl.float32)
     for start in range(0, width, PIECE):
-        value = widened(tl.load(rows + start + place, place < width - start, 0))
+        value = unpacked(tl.load(rows + start + place, place < width - start, 0))
         size = tl.where(value != value, float("inf"), tl.abs(value))
         largest = tl.maximum(largest, size)
     scale = tl.maximum(tl.max(largest, axis=0) * share, smallest)
@@ -94,7 +94,7 @@ def _row_codes(
     scale = tl.zeros([PIECE], tl.float32) + scale
     for start in range(0, width, PIECE):
         there = place < width - start
-        value = widened(tl.load(rows + start + place, there, 0))
+        value = unpacked(tl.load(rows + start + place, there, 0))
         code = _codes_of(value, scale, codes.dtype.element_ty, spelt_out)
         tl.store(codes + start + place, code, there)
 
@@ -110,7 +110,7 @@ def _column_codes(
     at = row.to(tl.int64)[:, None] * width + column[None, :]
     scale = tl.load(scales + column, column < width, 1.0)
     scale = tl.broadcast_to(scale[None, :], [ROWS, COLUMNS])
-    value = widened(tl.load(rows + at, there, 0))
+    value = unpacked(tl.load(rows + at, there, 0))
     code = _codes_of(value, scale, codes.dtype.element_ty, spelt_out)
     turned = column.to(tl.int64)[:, None] * stride + start + row[None, :]
     tl.store(codes + turned, code.T, there.T)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowmem.kernels.groupwise_triton import cut, decode, encode, places
-from lowmem.kernels.rounding_triton import bits_of, hashed_bits, stochastic, widened
+from lowmem.kernels.rounding_triton import hashed_bits, raw, stochastic, unpacked
 
 _TILE = {"ROWS": 8, "COLUMNS": 256}  # of a program
 _TOP = tl.constexpr(255)  # codes of 8 bits
@@ -19,7 +19,7 @@ def scaled_write(
         height, width = weight.shape
         grid = (triton.cdiv(height, _TILE["ROWS"]), triton.cdiv(width, _TILE["COLUMNS"]))
         _write[grid](
-            bits_of(full), factors, bits_of(weight), height, width, alpha, decay, seed_low,
+            raw(full), factors, raw(weight), height, width, alpha, decay, seed_low,
             seed_high, offset, *_how(factors, decay, decay_first), **_TILE,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -33,7 +33,7 @@ def scaled_write_codes(
     if codes.numel():
         grid, shape = cut(codes.numel(), group)
         _write_codes[grid](
-            bits_of(full), factors, codes, scales, zeros, codes.numel(), codes.shape[1], alpha,
+            raw(full), factors, codes, scales, zeros, codes.numel(), codes.shape[1], alpha,
             decay, seed_low, seed_high, offset, *_how(factors, decay, decay_first), group,
             stochastic, span_zero, group <= codes.shape[1], *shape, enable_fp_fusion=False,
         )  # fmt: skip
@@ -52,7 +52,7 @@ def _moved(value, full, at, factor, exists, alpha, decay, when: tl.constexpr):
     decays, alphas = tl.zeros_like(value) - decay, tl.zeros_like(value) + alpha
     if when == 1:
         value = tl.fma(value, decays, value)
-    gradient = widened(tl.load(full + at, exists, 0))
+    gradient = unpacked(tl.load(full + at, exists, 0))
     value = tl.fma(alphas * gradient, factor, value)
     if when == 2:
         value = tl.fma(value, decays, value)
@@ -74,7 +74,7 @@ def _write(
         factor = tl.load(factors + column, column < width, 0.0)
     else:
         factor = tl.load(factors)
-    value = widened(tl.load(weight + at, exists, 0))
+    value = unpacked(tl.load(weight + at, exists, 0))
     factor = tl.broadcast_to(factor, value.shape)
     value = _moved(value, full, at, factor, exists, alpha, decay, when)
     if weight.dtype.element_ty == tl.int16:

@@ -71,7 +71,7 @@ class Product:
         if isinstance(weight, Tensor):
             # addmm moves a float32 weight in place and in one pass.
             plain = weight.dtype == torch.float32 and self.rest is None
-            if plain or not WRITE.runs_on(weight):
+            if plain or not (weight.is_contiguous() and WRITE.runs_on(weight)):
                 return False
             WRITE(*self._operands(), weight, *numbers, *words)
             return True

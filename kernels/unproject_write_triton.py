@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowmem.kernels.dispatch import interpreted
 from lowmem.kernels.groupwise_triton import decode, encode
-from lowmem.kernels.rounding_triton import bits_of, hashed_bits, stochastic, widened
+from lowmem.kernels.rounding_triton import hashed_bits, raw, stochastic, unpacked
 from lowmem.kernels.unproject_write import TILE
 
 _TOP = tl.constexpr(255)  # codes of 8 bits
@@ -24,7 +24,7 @@ def unproject_write(
     if weight.numel():
         exact = weight.dtype == torch.float32
         _write[_grid(weight)](
-            first, second, _bits(rest), factors, bits_of(weight), *weight.shape, first.shape[1],
+            first, second, _bits(rest), factors, raw(weight), *weight.shape, first.shape[1],
             alpha, share, decay, low, high, offset, across, _by_rows(factors, weight),
             _when(decay, decay_first), **_options(exact),
         )  # fmt: skip
@@ -50,7 +50,7 @@ def _grid(weight: Tensor) -> tuple[int]:
 
 
 def _bits(rest: Tensor | None) -> Tensor | None:
-    return None if rest is None else bits_of(rest)
+    return None if rest is None else raw(rest)
 
 
 def _by_rows(factors: Tensor | None, weight: Tensor) -> bool:
@@ -114,7 +114,7 @@ def _moved(
         line = row if by_rows else column
         factor = tl.load(factors + tl.broadcast_to(line, value.shape), exists, 0.0)
         shares = tl.zeros_like(value) + share
-        value = tl.fma(shares * widened(tl.load(rest + at, exists, 0)), factor, value)
+        value = tl.fma(shares * unpacked(tl.load(rest + at, exists, 0)), factor, value)
     if when == 2:
         value = tl.fma(value, tl.zeros_like(value) - decay, value)
     return value
@@ -132,7 +132,7 @@ def _float_part(
     if rest is not None:
         rest += begin
         factors += top if by_rows else left
-    value = widened(tl.load(weight + begin + at, exists, 0))
+    value = unpacked(tl.load(weight + begin + at, exists, 0))
     value = _moved(
         value, product, rest, factors, at, row, column, exists, alpha, share, decay, by_rows, when
     )

@@ -278,6 +278,7 @@ def own_noise(count: int, seed: int, offset: int, device: torch.device) -> Tenso
 
 LEFT: dict[str, Callable[[], Any]] = {
     "float32 without a rest": lambda: torch.ones(16, 256),
+    "a strided weight": lambda: torch.ones(256, 16, dtype=torch.bfloat16).T,
     "groups of several rows": lambda: GroupedWeight.of(torch.ones(16, 100), 128),
     "groups across rows": lambda: GroupedWeight.of(torch.ones(16, 192), 128),
     "groups no tile is cut into": lambda: GroupedWeight.of(torch.ones(16, 192), 96),
