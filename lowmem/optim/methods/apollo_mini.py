@@ -65,6 +65,10 @@ def apollo_mini(
 _RECIPE = {"lr": 0.01, "rank": 1, "gap": 200, "scale": 128.0}
 SPEC = MethodSpec(
     apollo_mini,
-    dict.fromkeys(("60m", "130m", "350m", "1b", "7b", "13b"), _RECIPE),
+    {
+        "60m": _RECIPE,
+        "130m": _RECIPE | {"scale": 192.0},  # a quarter of the hidden size
+        **dict.fromkeys(("350m", "1b", "7b", "13b"), _RECIPE),
+    },
     "arXiv:2412.05270, released scripts; the paper's better row up to 1B has lr 0.02",
 )

@@ -70,7 +70,7 @@ SPEC = MethodSpec(
     q_apollo_mini,
     {
         "60m": _RECIPE,
-        "130m": _RECIPE,
+        "130m": _RECIPE | {"scale": 192.0},  # as apollo_mini
         "350m": _RECIPE,
         "7b": _RECIPE | {"rest_states": "8bit"},
     },
