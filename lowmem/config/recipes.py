@@ -19,7 +19,8 @@ from lowmem.errors import ConfigError, nearest, short
 
 Settings = dict[str, Any]
 
-_ABOUT = ("protocol", "published", "variant", "note", "source", "differs")
+_ABOUT = ("protocol", "published", "variant", "note", "source")
+_ABOUT_DEPARTURES = ("differs", "differs_with", "counts_right")
 """Keys of a section that are no settings of a run."""
 
 
@@ -29,7 +30,8 @@ class Recipe:
 
     protocol: of configs/quality.toml. published: the table whose row is to be met; None: no
     publication has one. variant: of that row. differs: what of the published run lowmem does not
-    do. note: what a reader should know.
+    do. note: what a reader should know. counts_right: its perplexity is not too low
+    (docs/reproduce.md).
     """
 
     name: str
@@ -41,6 +43,7 @@ class Recipe:
     variant: str | None
     note: str
     differs: tuple[str, ...]
+    counts_right: bool
 
     @property
     def method(self) -> str:
@@ -92,17 +95,35 @@ def _recipe(name: str, size: str, table: Settings) -> Recipe:
     if updates is not None:
         settings = _over(settings, {"train": {"updates": updates}})
     settings = _over(settings, table)
+    departures = {key: settings.pop(key) for key in _ABOUT_DEPARTURES if key in settings}
+    settings = {key: value for key, value in settings.items() if key not in _ABOUT}
     return Recipe(
         name,
         size,
         protocol,
-        {key: value for key, value in settings.items() if key not in _ABOUT},
+        settings,
         table["source"],
         table.get("published") or None,  # "" where [all] names one
         table.get("variant"),
         table.get("note", ""),
-        (*base.get("differs", []), *table.get("differs", [])),
+        (
+            *base.get("differs", []),
+            *table.get("differs", []),
+            *_that_apply(departures.get("differs_with", {}), settings),
+        ),
+        departures.get("counts_right", False),
     )
+
+
+def _that_apply(differs_with: Mapping[str, str], settings: Settings) -> Iterator[str]:
+    """The sentences whose "KEY = VALUE" is a setting; a number is written as in Python."""
+    for setting, sentence in differs_with.items():
+        key, _, value = setting.partition(" = ")
+        at: Any = settings
+        for name in key.split("."):
+            at = at.get(name) if isinstance(at, dict) else None
+        if str(at) == value:
+            yield sentence
 
 
 def _shared(protocol: str, size: str) -> Settings:

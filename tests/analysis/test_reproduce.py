@@ -76,6 +76,17 @@ def test_a_whole_run_matches_within_one_percent(
     assert found.deviations == list(find_recipe("galore-60m").differs)
 
 
+def test_the_true_perplexity_is_compared_where_the_publication_counts_right(
+    tmp_path: Path,
+) -> None:
+    """FRUGAL's trainer divides by the number of batches; 23.59 at 60M."""
+    found = judged(finished(tmp_path, recipe="frugal-60m", published=23.1, true=23.6))
+    assert (found.published, found.verdict) == (23.59, MATCH)
+    assert found.measured == found.true_perplexity == pytest.approx(23.6)
+    rerun = judged(finished(tmp_path, recipe="frugal-60m-c4", published=34.9, true=35.6))
+    assert (rerun.published, rerun.measured) == (34.91, pytest.approx(34.9))
+
+
 @pytest.mark.parametrize(
     ("given", "word", "named"),
     [

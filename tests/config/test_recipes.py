@@ -140,9 +140,7 @@ KEYS = {
     "cosmos": ("rank", "ratio", "gamma"),
     **{"adamw": (), "adam8bit": ()},
 }
-BETAS = {
-    **{"q-galore": [0.9, 0.95], "cosmos": [0.9, 0.95]},
-}
+BETAS = {"q-galore": [0.9, 0.95], "cosmos": [0.9, 0.95]}
 EPS = dict.fromkeys(("galore", "natural-galore", "fira", "apollo", "apollo-mini"), 1e-6)
 DECAYS = {"natural-galore-60m": 0.01} | {f"cosmos-{size}-script": 0.1 for size in SIZES}
 UPDATES = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000, "7b": 150_000}
@@ -173,8 +171,7 @@ def test_a_recipe_is_what_the_papers_and_their_scripts_say(name: str) -> None:
     newer = method == "cosmos" and section.endswith("-script")
     assert options["betas"] == ([0.95, 0.95] if newer else BETAS.get(method, [0.9, 0.999]))
     assert options["eps"] == (1e-8 if name == "galore-7b" else EPS.get(method, 1e-8))
-    own = 0.0 if name == "natural-galore-60m-paper" else DECAYS.get(name, 0.0)
-    assert optimizer.weight_decay == own
+    assert optimizer.weight_decay == DECAYS.get(name, 0.0)
 
 
 def test_there_is_no_recipe_more_in_the_sheets() -> None:
@@ -200,6 +197,26 @@ def test_a_recipe_of_the_c4_benchmark_runs_and_is_evaluated_as_there(name: str) 
         by = "apollo" if "apollo" in method else method
         evaluated = EVALUATED_BY.get(by, {}).get(size, EVALUATED[size])
         assert (config.evaluate.batch, config.evaluate.gpus) == evaluated
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "never"),
+    [
+        ("galore-60m", ("moments are float32", "bf16 weights", "signs of the old"), ("autocast",)),
+        ("galore-7b", ("bf16 weights", "signs of the old"), ("moments are float32",)),
+        ("q-galore-60m", ("256 in the released", "embedding, head"), ("moments are float32",)),
+        ("apollo-60m", ("moments are float32", "bf16 weights"), ("signs of the old",)),
+        ("apollo-60m-svd", ("moments are float32", "signs of the old"), ()),
+        ("frugal-60m-c4", ("moments are float32", "computed in float32"), ("bf16 weights",)),
+        ("frugal-7b-script", ("averages the means",), ("computed in float32",)),
+    ],
+)
+def test_what_differs_is_told_of_recipes_with_the_setting_alone(
+    name: str, told: tuple[str, ...], never: tuple[str, ...]
+) -> None:
+    differs = "\n".join(find_recipe(name).differs)
+    assert all(part in differs for part in told)
+    assert not any(part in differs for part in never)
 
 
 def _with_row() -> list[Recipe]:
