@@ -502,6 +502,30 @@ def test_prepared_shards_are_opened_where_they_are(
     assert not home.exists()
 
 
+def test_the_hubs_name_of_the_shards_tokenizer_needs_no_connection(
+    c4: Path,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Recipes say t5-base, and shards that were prepared with a copy of it have it."""
+    prepare(str(c4), tokenizer, tmp_path / "out")
+
+    def unreachable(*_: object) -> Path:
+        raise DataError("no connection", "", "")
+
+    monkeypatch.setattr("lowmem.data.tokenizer.hub_file", unreachable)
+    named = config(tmp_path / "out", tokenizer=tokenizer.name)
+    assert corpus_for(named, 300).folder == tmp_path / "out"
+    with pytest.raises(DataError, match="no connection"):
+        corpus_for(config(tmp_path / "out", tokenizer="another"), 300)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / tokenizer.name).mkdir()  # where the same name is a folder, that is read
+    (tmp_path / tokenizer.name / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot read the tokenizer"):
+        corpus_for(named, 300)
+
+
 def test_another_tokenizer_than_the_shards_have_is_refused(
     c4: Path, tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path
 ) -> None:
