@@ -10,7 +10,7 @@ from lowmem.cli.options import Given
 from lowmem.cli.settings import loaded
 from lowmem.cli.train import corpus_of
 from lowmem.cli.weights import run_of
-from lowmem.config.schema import Config, DataConfig
+from lowmem.config.schema import Config, DataConfig, EvaluateConfig
 from lowmem.errors import CheckpointError, short
 from lowmem.train.checkpoint import ABOUT, model_folder
 from lowmem.train.evaluate import evaluate_folder
@@ -55,9 +55,11 @@ def _config(given: Given, path: Path, model: Path, console: Console) -> Config:
         if result.origins[f"data.{name}"] != "default"
     }
     run = run_of(path)
-    own = run.config.data if run is not None else _data_of(model)
+    own, batches = (run.config.data, {}) if run is not None else _told_by(model)
     changes: dict[str, Any] = {"model": str(model), "data": own.model_copy(update=chosen)}
-    if run is not None:  # its budget decides how much of a stream was prepared
+    if run is None:
+        changes["evaluate"] = result.config.evaluate.model_copy(update=batches)
+    else:  # its budget decides how much of a stream was prepared
         device = result.config.train.device
         changes["train"] = run.config.train.model_copy(update={"device": device})
         changes["evaluate"] = run.config.evaluate.model_copy(
@@ -66,14 +68,16 @@ def _config(given: Given, path: Path, model: Path, console: Console) -> Config:
     return result.config.model_copy(update=changes)
 
 
-def _data_of(model: Path) -> DataConfig:
-    """The data of an exported model, if it says so, and a folder's own tokenizer."""
+def _told_by(model: Path) -> tuple[DataConfig, dict[str, int]]:
+    """Data and batches of evaluation of an exported model, if it says so; its own tokenizer."""
     tokenizer = {"tokenizer": str(model)} if (model / "tokenizer.json").is_file() else {}
     try:
-        text = (model / ABOUT).read_text(encoding="utf-8")
-        return DataConfig.model_validate({**json.loads(text)["data"], **tokenizer})
+        about = json.loads((model / ABOUT).read_text(encoding="utf-8"))
+        data = DataConfig.model_validate({**about["data"], **tokenizer})
+        batches = EvaluateConfig.model_validate(about.get("evaluate", {}))
+        return data, batches.model_dump(include={"batch", "gpus"})
     except FileNotFoundError:
-        return DataConfig.model_validate(tokenizer)
+        return DataConfig.model_validate(tokenizer), {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{model / ABOUT} cannot be read",

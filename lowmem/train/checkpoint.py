@@ -134,7 +134,8 @@ def tidy(run: Run) -> None:
 def _about(run: Run, at: Position) -> dict[str, Any]:
     told = {"protocol", "source", "seq_len", "text_key", "skip_bad"}
     data = run.config.data.model_dump(include=told)
-    return {"lowmem": __version__, "update": at.update, "data": data}
+    batches = run.config.evaluate.model_dump(include={"batch", "gpus"})
+    return {"lowmem": __version__, "update": at.update, "data": data, "evaluate": batches}
 
 
 def _json(content: dict[str, Any]) -> bytes:

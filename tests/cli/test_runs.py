@@ -250,7 +250,39 @@ def test_an_export_to_where_nothing_can_be_written_is_refused(
     assert "text.txt/below/a/file cannot be written" in block
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"data": 3}', '{"data": {"seq_len": "x"}}'])
+def test_an_export_is_evaluated_in_the_batches_of_its_run(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On them depends what the papers' evaluation prints."""
+    folder = place / "documents"
+    folder.mkdir()
+    for name, count in (("train", 40), ("validation", 17)):
+        lines = [json.dumps({"text": "word1 number " * (2 + i % 5)}) for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    how = ["--data", "documents", "--protocol", "galore"]
+    batches = ["--set", "evaluate.batch=3", "--set", "evaluate.gpus=2"]
+    assert train("papers", *how, *batches) == 0
+    assert run(["export", "runs/papers", "papers-hf"]) == 0
+    capsys.readouterr()
+    told = []
+    for path in ("runs/papers", "papers-hf"):
+        assert run(["eval", path, "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0]["steps"] == told[1]["steps"] == 3  # 6, 6 and 5 documents
+    assert told[0]["published_loss"] == told[1]["published_loss"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"data": 3}',
+        '{"data": {"seq_len": "x"}}',
+        '{"data": {}, "evaluate": {"batch": 0}}',
+    ],
+)
 def test_an_evaluation_tells_what_is_wrong_with_lowmem_json(
     content: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
