@@ -28,6 +28,8 @@ SCHEMA_VERSION = 1
 _ASIDE = ("run.", "recipe", "checkpoint.", "gpu", "others", "evaluate.every", "train.seed")
 # What a comparison must hold equal is told in words, not as a setting.
 _TOLD = ("model", "data.", "protocol", "evaluate.", "train.updates", "train.batch", "train.device")
+# Shown wherever runs differ in them, of other methods too: they change what a method reaches.
+_SHOWN = ("train.weights", "train.clip", "optimizer.weight_decay")
 _ABSENT = "none"
 
 
@@ -141,13 +143,15 @@ def _is_of(row: Evidence, run: History) -> bool:
 
 
 def _labels(runs: Sequence[History]) -> list[dict[str, str]]:
-    """Method, rank and rate, and of the other settings those in which runs of a method differ."""
+    """Method, rank and rate; of the other settings those in which runs of a method differ, and
+    `_SHOWN`."""
     told = [_told_of(run) for run in runs]
+    everywhere = {key for key in _SHOWN if len({each[key] for each in told}) > 1}
     labels = []
     for mine in told:
         alike = [each for each in told if each["method"] == mine["method"]]
         keys = {key for each in alike for key in each if each.get(key) != mine.get(key)}
-        keys -= {"method", "rank", "lr"}
+        keys = (keys | everywhere) - {"method", "rank", "lr"}
         extra = {key.rpartition(".")[2]: mine.get(key, _ABSENT) for key in sorted(keys)}
         labels.append({key: mine[key] for key in ("method", "rank", "lr")} | extra)
     return labels
@@ -177,11 +181,38 @@ def _differences(settings: Sequence[Setting]) -> Iterator[Difference]:
         distinct = {value for several in values for value in several}
         if len(distinct) > 1 and not (same_text and what in ("data", "tokenizer")):
             yield Difference(what, [" or ".join(several) for several in values])
+    yield from _schedules(settings)
     counts = [str(len(each.runs)) for each in settings]
     if len(set(counts)) > 1:
         yield Difference("number of seeds", counts)
     if any(len(set(each.seeds)) < len(each.seeds) for each in settings):
         yield Difference("seeds, one of them twice", [str(each.seeds) for each in settings])
+
+
+def _schedules(settings: Sequence[Setting]) -> Iterator[Difference]:
+    """Unequal where one method has a schedule that another has not; one may be tried with many."""
+    values = [_schedule(each.runs[0]) for each in settings]
+    of_method: dict[str, set[str]] = {}
+    for setting, value in zip(settings, values, strict=True):
+        of_method.setdefault(setting.label["method"], set()).add(value)
+    if any(schedules != set(values) for schedules in of_method.values()):
+        yield Difference("schedule", values)
+
+
+def _schedule(run: History) -> str:
+    """The schedule in words; warm-up in updates, however it was given."""
+    schedule = run.config.schedule
+    warmup = schedule.warmup_updates(schedule.cycle or run.updates)
+    words = [schedule.kind, f"{warmup} updates of warm-up"]
+    if schedule.kind != "constant":
+        words.append(f"to {schedule.min_ratio:g}")
+    if schedule.kind == "wsd":
+        words.append(f"in the last {schedule.decay:g}")
+    if schedule.cycle:
+        words.append(f"every {schedule.cycle} updates")
+    if schedule.start == "zero":
+        words.append("first rate 0")
+    return ", ".join(words)
 
 
 def _facts(run: History, *, with_corpus: bool) -> dict[str, str]:

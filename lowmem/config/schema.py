@@ -264,6 +264,12 @@ class ScheduleConfig(Section):
         default=0, description="updates after which the schedule begins anew, 0 = never"
     )
 
+    def warmup_updates(self, updates: int) -> int:
+        """Warm-up in updates, of a run or cycle of so many; it ends with the run at the latest."""
+        if isinstance(self.warmup, float):
+            return round(self.warmup * updates)
+        return min(self.warmup, updates)
+
 
 class TrainConfig(Section):
     """The budget of a run and how an update is computed."""

@@ -29,20 +29,13 @@ def learning_rate(schedule: ScheduleConfig, peak: float, update: int, updates: i
         updates = schedule.cycle
         if cycles and update < _RESTART and schedule.start == "zero":
             return peak * _RESTART_RATIO
-    warmup = _warmup(schedule, updates)
+    warmup = schedule.warmup_updates(updates)
     if update < warmup:
         # Starting at 0 wastes an update, and with it the first subspace: "zero" is for comparisons.
         zero = schedule.start == "zero"
         return peak * (update / warmup if zero else (update + 1) / (warmup + 1))
     fallen = 1.0 - _left(schedule, warmup, update, updates)
     return peak * (1.0 - (1.0 - schedule.min_ratio) * fallen)
-
-
-def _warmup(schedule: ScheduleConfig, updates: int) -> int:
-    """Warm-up in updates; one that is longer than the run ends with it."""
-    if isinstance(schedule.warmup, float):
-        return round(schedule.warmup * updates)
-    return min(schedule.warmup, updates)
 
 
 def _left(schedule: ScheduleConfig, warmup: int, update: int, updates: int) -> float:

@@ -72,6 +72,51 @@ def test_every_fact_of_a_fair_comparison_is_tested_above(make_run: Make) -> None
     assert facts == set(DIFFERENT) | {"protocol", "tokenizer"}
 
 
+SCHEDULES: list[dict[str, Any]] = [
+    {"kind": "constant"},
+    {"warmup": 2},
+    {"min_ratio": 0.0},
+    {"cycle": 2},
+    {"start": "zero"},
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda each: next(iter(each)))
+def test_methods_with_unequal_schedules_are_not_comparable(
+    make_run: Make, schedule: dict[str, Any]
+) -> None:
+    one, other = make_run("a"), make_run("b", method="galore", schedule=schedule)
+    assert [each.what for each in comparison(one, other).differences] == ["schedule"]
+
+
+def test_schedules_may_be_what_is_compared(make_run: Make) -> None:
+    """One method with two, or every method with both; the table shows which row has which."""
+    folders = [
+        make_run(f"{method}-{kind}", method=method, schedule={"kind": kind})
+        for method in ("adamw", "galore")
+        for kind in ("cosine", "constant")
+    ]
+    assert comparison(*folders[:2]).is_fair
+    found = comparison(*folders)
+    assert found.is_fair
+    assert {setting.label["kind"] for setting in found.settings} == {"cosine", "constant"}
+    (difference,) = comparison(*folders[:3]).differences
+    assert difference.what == "schedule"
+
+
+def test_a_warm_up_is_the_same_as_a_number_and_as_a_share(make_run: Make) -> None:
+    one = make_run("a", schedule={"warmup": 0.5})
+    assert comparison(one, make_run("b", method="galore", schedule={"warmup": 2})).is_fair
+
+
+def test_formats_of_weights_and_clipping_are_shown_across_methods(make_run: Make) -> None:
+    one = make_run("a", train={"weights": "bf16", "clip": 1.0})
+    other = make_run("b", method="galore", train={"weights": "int8", "clip": 1.0})
+    found = comparison(one, other)
+    assert {setting.label["weights"] for setting in found.settings} == {"bf16", "int8"}
+    assert all("clip" not in setting.label for setting in found.settings)
+
+
 def test_another_protocol_is_named(make_run: Make) -> None:
     found = comparison(make_run("a"), make_run("b", method="galore", data=PAPERS))
     assert [each.what for each in found.differences] == ["protocol"]
