@@ -231,6 +231,9 @@ def _run(outcome: Outcome, folder: Path, stop: StopRequest, console: Console, pl
             "a trial of this sweep is still going on",
             f"wait for it, or end it: touch {run / 'STOP'}",
         )
+    _look_up(outcome, folder)  # again: the trial of a killed sweep lives on and may have come here
+    if outcome.state == "finished":
+        return
     if outcome.state == "begun":
         arguments = ["resume", str(run)]
     else:

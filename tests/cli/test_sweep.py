@@ -68,6 +68,8 @@ def started(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def pretend(arguments: Sequence[str], log: Path, stop: Any) -> int:
         commands.append(list(arguments))
+        if arguments[0] == "resume":
+            return 75
         if not Path("text.txt").exists():
             log.write_text("error: text.txt does not exist (exit 4)\n  fix: none\n")
             return 4
@@ -147,6 +149,25 @@ def test_a_trial_that_fails_otherwise_is_tried_again(
     assert "text.txt" in err
     (place / "away.txt").rename(place / "text.txt")
     assert states(capsys, *RATES, "--lr", "0.01") == {"adamw-lr0.01-seed0": "finished"}
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_trial_that_outlived_a_killed_sweep_is_not_begun_anew(
+    ended: bool, started: list[list[str]], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes its folder after the next sweep has looked for it."""
+    show = module._show_plan
+
+    def meanwhile(outcomes: Sequence[module.Outcome], console: Any) -> None:
+        show(outcomes, console)
+        made = Run.create(settle(outcomes[0].config, cuda=False)[0], None)
+        append(made.folder / METRICS, [trained(2, 0.01), Evaluated(2, 0.01, 200, 0.1)])
+        if ended:
+            append(made.folder / EVENTS, [Finished(3, 0.01, 6.5, 384, 1.5, "checkpoint")])
+
+    monkeypatch.setattr(module, "_show_plan", meanwhile)
+    run([*RATES, "--lr", "0.01"])
+    assert started == ([] if ended else [["resume", "runs/rates/adamw-lr0.01-seed0"]])
 
 
 def test_what_does_not_fit_is_named_before_anything_runs(
