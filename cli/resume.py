@@ -15,7 +15,7 @@ from lowmem.planner.plan import Plan
 from lowmem.train.checkpoint import newest_intact
 from lowmem.train.elastic import changed, first_that_fits, require_convertible
 from lowmem.train.loop import train
-from lowmem.train.run import Run
+from lowmem.train.run import Run, update_of
 
 
 def resume(given: Given, folder: Path, start: str | None, *, as_json: bool) -> None:
@@ -52,9 +52,21 @@ def _changed(run: Run, given: Given, console: Console) -> Run:
     console.plan(plan, as_result=False)
     require_fit(plan)
     if run.has_checkpoint:
+        _require_unfinished(run)
         require_convertible(run.latest(), plan.config)
     run.write_config(plan.config, plan.to_json())
     return replace(run, config=plan.config)
+
+
+def _require_unfinished(run: Run) -> None:
+    """ConfigError where no update is left that other settings could change."""
+    updates, newest = settled(run.config.train.updates), run.latest()
+    if update_of(newest) >= updates:
+        raise ConfigError(
+            f"all {updates} updates of {run.folder} are done",
+            f"other settings would change nothing after {newest.name}",
+            f"start from an earlier checkpoint: ls {run.checkpoints}",
+        )
 
 
 def _planned(config: Config, given: set[str], console: Console) -> Plan:

@@ -212,6 +212,7 @@ BAD: list[tuple[list[str], int, list[str]]] = [
     (["--seq-len", "64"], 2, ["--seq-len"]),
     (["--tokenizer", "other"], 2, ["--tokenizer"]),
     (["--model", "llama-60m"], 2, ["--model"]),
+    (["--lr", "0.1"], 2, ["all 12 updates", "earlier checkpoint"]),  # nothing is left to change
 ]
 
 
