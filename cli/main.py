@@ -98,5 +98,7 @@ def _usage_error(mistake: Any, arguments: Sequence[str]) -> ConfigError:
     elif what.startswith("No such command"):
         typed = what.split("'")[1]
         what, hint = f"no such command: {typed}", nearest(typed, context.command.commands)
+    elif what == "Missing command":
+        what, hint = "a command is missing", f"allowed: {', '.join(context.command.commands)}"
     path = context.command_path if context else f"lowmem {arguments[0]}"
     return ConfigError(plain(what), hint, f"{path} --help")

@@ -73,7 +73,7 @@ SETTINGS = (
     Setting("--method", "NAME", "see `lowmem methods`", OPTIMIZER),
     Setting("--rank", "N|0.25", "of the subspace: a number, or a fraction of a side", OPTIMIZER),
     Setting("--lr", "RATE", "peak learning rate, or step-law; else the method's", OPTIMIZER),
-    Setting("--weight-decay", "RATE", "decoupled, per unit of lr (default 0)", OPTIMIZER),
+    Setting("--weight-decay", "RATE", "decoupled, per unit of lr; else the method's", OPTIMIZER),
     Setting("--scale", "X", "of a projected step", OPTIMIZER),
     Setting("--gap", "N", "updates between two choices of the subspace", OPTIMIZER),
     Setting("--clip", "X|off", "limit of the gradient norm", OPTIMIZER),
@@ -157,9 +157,12 @@ def with_settings(
     settings = list(settings)
     own = list(inspect.signature(command).parameters.values())[1:]
     shared = [_parameter(s.variable, _option(s), None) for s in settings]
+    if any(setting.flag == "--data" for setting in settings) and files:  # it trains, or plans to
+        shared += [
+            _parameter(_variable(flag), _switch(flag, *rest), False) for flag, *rest in SWITCHES
+        ]
     if files:
         shared += [
-            *(_parameter(_variable(flag), _switch(flag, *rest), False) for flag, *rest in SWITCHES),
             _parameter("config", _CONFIG, []),
             _parameter("assignments", _SET, []),
         ]

@@ -49,7 +49,8 @@ def plot(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="a .png or .svg; needs lowmem[plot]"),
+        # The bracket would be read as markup.
+        typer.Option("--out", "-o", metavar="FILE", help=r"a .png or .svg; needs lowmem\[plot]"),
     ] = None,
 ) -> None:
     """Draw loss or perplexity of runs, in the terminal or into a file.

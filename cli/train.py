@@ -18,7 +18,7 @@ from lowmem.data.shuffle import BUFFER
 from lowmem.errors import LowMemError
 from lowmem.planner.plan import Plan
 from lowmem.train.events import Finished, perplexity
-from lowmem.train.run import Run
+from lowmem.train.run import Run, require_new
 
 if TYPE_CHECKING:
     from lowmem.data.shards import Corpus
@@ -31,6 +31,8 @@ def train(given: Given, *, dry_run: bool, as_json: bool) -> None:
     """
     console = Console(quiet=given.quiet, verbose=given.verbose)
     config = loaded(given, console).config
+    if not dry_run:
+        require_new(config)
     plan = planned(config, for_this_machine=not dry_run)
     if dry_run and plan.config.train.device == "cuda" and not _has_cuda():
         console.say(

@@ -47,11 +47,7 @@ class Run:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            raise ConfigError(
-                f"the run folder {folder} exists",
-                "a new run never writes into an old one",
-                f"`lowmem resume {folder}` continues it; --name or --out chooses another",
-            ) from None
+            raise _taken(folder) from None
         except OSError as error:
             raise ConfigError(
                 f"the run folder {folder} cannot be made",
@@ -186,6 +182,20 @@ class Run:
         for name, lines in ((METRICS, known), (EVENTS, _complete_lines(self.folder / EVENTS))):
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_whole(self.folder / name, text.encode())
+
+
+def require_new(config: Config) -> None:
+    """ConfigError where `Run.create` would find its folder taken, before anything costs time."""
+    if config.run.name and os.path.lexists(folder := Path(config.run.out) / config.run.name):
+        raise _taken(folder)
+
+
+def _taken(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"the run folder {folder} exists",
+        "a new run never writes into an old one",
+        f"`lowmem resume {folder}` continues it; --name or --out chooses another",
+    )
 
 
 def complete_in(checkpoints: Path) -> list[Path]:

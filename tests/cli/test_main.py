@@ -52,6 +52,24 @@ def test_every_command_explains_itself(
     assert "\b" not in text
 
 
+def test_help_keeps_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plot", "--help"]) == 0
+    assert "lowmem[plot]" in capsys.readouterr().out
+
+
+def test_commands_offer_the_switches_that_act_there() -> None:
+    def options(*path: str) -> set[str]:
+        command: Any = typer.main.get_command(app)
+        for name in path:
+            command = command.commands[name]
+        return {option for parameter in command.params for option in parameter.opts}
+
+    switches = {"--skip-bad", "--compile"}
+    assert switches <= options("train")
+    assert not switches & options("doctor")
+    assert not switches & options("bench", "optimizer")
+
+
 def test_the_list_of_commands_above_is_complete() -> None:
     def paths(group: Any, *path: str) -> list[list[str]]:
         found = [[*path, name] for name in group.commands]
@@ -99,6 +117,7 @@ def test_python_m_lowmem_is_the_command() -> None:
         (["sample"], "Missing argument 'PATH'", "lowmem sample --help"),
         (["sample", "x", "--tokens", "y"], "'--tokens': must be a valid integer", "--help"),
         (["methods", "a", "b"], "unexpected extra argument", "lowmem methods --help"),
+        (["data"], "a command is missing", "allowed: prepare, info, verify"),
     ],
 )
 def test_a_mistyped_line_is_told_in_three_parts(

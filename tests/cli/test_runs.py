@@ -104,6 +104,17 @@ def test_a_run_leaves_a_folder_and_a_summary(
     assert "4 updates done" in err
 
 
+def test_a_name_that_is_taken_is_told_before_planning(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert train("one") == 2
+    err = capsys.readouterr().err
+    assert "the run folder runs/one exists" in err
+    assert "Choice" not in err
+    assert train("one", "--dry-run") == 0  # makes no folder
+
+
 def test_the_printed_command_repeats_the_run(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
