@@ -3,7 +3,9 @@
 What this module imports is small, so that signals are heard a moment after Python has started.
 """
 
+import errno
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -11,13 +13,19 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lowmem.cli.errors import tell, tell_bug
-from lowmem.errors import ConfigError, LowMemError, nearest, plain
+from lowmem.errors import ConfigError, HardwareError, LowMemError, nearest, plain
 from lowmem.train.guard import stopped_before_it_began
+
+# Of a file, whatever it was wanted for: no bug, and nothing that repeating mends.
+_REFUSED = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "EMFILE", "ENFILE"}
 
 
 def main() -> NoReturn:
     """The command `lowmem`."""
     code = run(sys.argv[1:])
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # one more must not take the exit code's place
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if any(thread.name == "lowmem checkpoint" for thread in threading.enumerate()):
         # After a second Ctrl-C. Python would end the thread inside torch, which aborts on that.
         sys.stdout.flush()
@@ -63,7 +71,18 @@ def _foreign(error: Exception, arguments: Sequence[str], traced: bool) -> int:
     if isinstance(error, typer.BadParameter.__mro__[2]):
         return tell(_usage_error(error, arguments))
     _trace(error, traced)
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _REFUSED:
+        return tell(_refused(error))
     return tell_bug(error, traced=traced)
+
+
+def _refused(error: OSError) -> HardwareError:
+    """What the system said of a file."""
+    return HardwareError(
+        f"{error.filename or 'a file'}: {error.strerror}",
+        "the system refuses it",
+        "make room or give the right to it, or another folder by --out or LOWMEM_HOME",
+    )
 
 
 def _interrupted() -> int:

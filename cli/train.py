@@ -15,7 +15,7 @@ from lowmem.config.defaults import rows_of
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, settled
 from lowmem.data.shuffle import BUFFER
-from lowmem.errors import LowMemError
+from lowmem.errors import LowMemError, command_line
 from lowmem.planner.plan import Plan
 from lowmem.train.events import Finished, perplexity
 from lowmem.train.run import Run, require_new
@@ -145,4 +145,5 @@ def show_finished(console: Console, finished: Finished, folder: Path, *, as_json
         f"  perplexity {perplexity(finished.unigram_loss):.5g}"
         "  (knows only how frequent each token is)"
     )
-    console.result(f"  lowmem eval {folder}\n  lowmem sample {folder} --prompt 'The '")
+    for words in (("eval", folder), ("sample", folder, "--prompt", "The ")):
+        console.result(f"  {command_line(*words)}")

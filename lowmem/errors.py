@@ -4,6 +4,7 @@ Library misuse by programmers stays `ValueError` or `TypeError`; only `cli/error
 """
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 _LONGEST_WORD = 100  # to look for neighbours of; the search takes quadratic time
@@ -82,6 +83,11 @@ def short(text: str, most: int = 80) -> str:
     if len(text) <= most:
         return shown
     return f"{shown[: most - 20]}... ({len(text):,} characters)"
+
+
+def command_line(*words: object) -> str:
+    """The command of lowmem that a user can paste: paths with blanks are quoted."""
+    return shlex.join(["lowmem", *map(str, words)])
 
 
 def plain(message: str) -> str:

@@ -1,9 +1,11 @@
 """Errors: scripts may rely on their exit codes, people on their three parts."""
 
+from pathlib import Path
+
 import pytest
 
 from lowmem import errors
-from lowmem.errors import LowMemError, nearest
+from lowmem.errors import LowMemError, command_line, nearest
 
 EXIT_CODES = {
     "LowMemError": 1,
@@ -26,6 +28,11 @@ def test_exit_codes_are_those_that_scripts_know() -> None:
 def test_an_error_keeps_its_three_parts() -> None:
     error = LowMemError("what", "why", "fix")
     assert (str(error), error.what, error.why, error.fix) == ("what", "what", "why", "fix")
+
+
+def test_a_shown_command_can_be_pasted() -> None:
+    assert command_line("resume", Path("runs/a")) == "lowmem resume runs/a"
+    assert command_line("eval", Path("my runs/a b")) == "lowmem eval 'my runs/a b'"
 
 
 @pytest.mark.parametrize(

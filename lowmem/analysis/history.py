@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from lowmem.analysis.reproduce import VERDICT
 from lowmem.config.load import flatten
 from lowmem.config.schema import Config, settled
-from lowmem.errors import CheckpointError, short
+from lowmem.errors import CheckpointError, command_line, short
 from lowmem.planner.plan import Plan
 from lowmem.train.events import Diagnosed, Evaluated, Measured, Trained, perplexity
 from lowmem.train.lock import holder_of
@@ -178,7 +178,7 @@ class History:
         raise CheckpointError(
             f"{short(str(self.folder))} has no updates{going}",
             f"its {METRICS} holds nothing that was trained",
-            f"lowmem resume {self.folder}",
+            command_line("resume", self.folder),
         )
 
 

@@ -20,7 +20,7 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.recipes import Recipe, find_recipe
 from lowmem.config.schema import Config, settled
 from lowmem.data.cache import write_whole
-from lowmem.errors import CheckpointError, ConfigError
+from lowmem.errors import CheckpointError, ConfigError, command_line
 from lowmem.planner.quality import Evidence, published_row
 from lowmem.train.events import perplexity
 from lowmem.train.run import Run
@@ -202,7 +202,7 @@ def _last_evaluation(run: Run) -> dict[str, Any]:
     raise CheckpointError(
         f"{run.folder} has no evaluation after its last update",
         f"{updates} updates were asked for",
-        f"lowmem resume {run.folder}",
+        command_line("resume", run.folder),
     )
 
 

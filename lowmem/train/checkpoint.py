@@ -27,7 +27,7 @@ from lowmem.config.schema import Config
 from lowmem.data.batches import TrainingOrder
 from lowmem.data.cache import sync_folder
 from lowmem.data.shards import Corpus
-from lowmem.errors import CheckpointError, ConfigError, DataError, short
+from lowmem.errors import CheckpointError, ConfigError, DataError, command_line, short
 from lowmem.model.huggingface import (
     CODES,
     WEIGHTS,
@@ -393,7 +393,8 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
     if older:
         run = folder.parent.parent
         fix = (
-            f"continue from an older one: lowmem resume {older[-1]}\n"
-            f"or from the newest of them that is intact: lowmem resume {run} --from previous"
+            f"continue from an older one: {command_line('resume', older[-1])}\n"
+            "or from the newest of them that is intact: "
+            f"{command_line('resume', run, '--from', 'previous')}"
         )
     return CheckpointError(what, "a checkpoint is used whole or not at all", fix)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lowmem.config.schema import Config, settled
-from lowmem.errors import CheckpointError, Stopped
+from lowmem.errors import CheckpointError, Stopped, command_line
 from lowmem.train.events import Continued, Event, Paused, Report
 from lowmem.train.guard import StopRequest
 from lowmem.train.retention import kept_at_most
@@ -20,11 +20,6 @@ RETRY_SECONDS = 20.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Did this fail for want of room?"""
-    return isinstance(error, OSError) and error.errno in _FULL
 
 
 class Patience:
@@ -39,12 +34,12 @@ class Patience:
         self._report(event)
 
     def until_done(self, what: str, action: Callable[[], T]) -> T:
-        """action(), repeated while the disk is full. Stopped when that is asked meanwhile."""
+        """action(), repeated while the disk is full. Stopped when that is asked meanwhile;
+        CheckpointError for what waiting does not mend."""
         try:
             return action()
         except OSError as error:
-            if not is_full(error):
-                raise
+            self.require_full(what, error)
         began = time.monotonic()
         paused = Paused(f"the disk is full: {what} cannot be written to {self._run.folder}")
         self._report(paused)
@@ -55,19 +50,28 @@ class Patience:
                 done = action()
                 break
             except OSError as error:
-                if not is_full(error):
-                    raise
+                self.require_full(what, error)
         continued = Continued(time.monotonic() - began)
         for event in (paused, continued):
             self.until_done("an event", partial(self._run.record, event))
         self._report(continued)
         return done
 
+    def require_full(self, what: str, error: OSError) -> None:
+        """CheckpointError unless `error` is for want of room: read-only, a limit of file sizes."""
+        if error.errno in _FULL:
+            return
+        raise CheckpointError(
+            f"{what} cannot be written to {self._run.folder}: {error.strerror or error}",
+            "the run goes on from its newest complete checkpoint",
+            f"put that right, then: {command_line('resume', self._run.folder)}",
+        ) from error
+
     def _unsaved(self) -> Stopped:
         return Stopped(
             f"stopped by {self._stop.signal} while the disk was full; what was not saved is lost",
             "the run goes on from its newest complete checkpoint",
-            f"make room on the disk of {self._run.folder}, then: lowmem resume {self._run.folder}",
+            f"make room on its disk, then: {command_line('resume', self._run.folder)}",
         )
 
 

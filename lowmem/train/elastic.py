@@ -10,7 +10,7 @@ from typing import Any
 
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config, OptimizerConfig
-from lowmem.errors import CheckpointError, ConfigError
+from lowmem.errors import CheckpointError, ConfigError, command_line
 from lowmem.optim.assign import learning_rate, takes_rank
 from lowmem.optim.convert import convert
 from lowmem.optim.methods import method_spec
@@ -155,7 +155,8 @@ def require_convertible(folder: Path, config: Config) -> None:
         raise CheckpointError(
             f"{folder} does not say what settings it was written with",
             f"lowmem {state.get('lowmem')} wrote it before there was a conversion",
-            f"lowmem resume {folder.parent.parent}, and again with other settings after a save",
+            f"{command_line('resume', folder.parent.parent)},"
+            " and again with other settings after a save",
         )
     model, optimizer = declared(config, "meta")
     written = written_optimizer(folder, state["settings"], model, optimizer)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowmem.config.schema import MOVE_EARLY, Config, settled
 from lowmem.data.batches import TrainingOrder, UpdateBatch, on_device
 from lowmem.data.shards import Corpus, TokenStream
-from lowmem.errors import DivergedError, Stopped
+from lowmem.errors import DivergedError, Stopped, command_line
 from lowmem.model.llama import Llama
 from lowmem.optim.optimizer import Optimizer
 from lowmem.optim.step import MadeAnew, gather
@@ -410,7 +410,7 @@ def _stopped_before(run: Run, signal: str, updates: int) -> Stopped:
     return Stopped(
         f"stopped by {signal} before update {updates + 1}; nothing has changed",
         "the run was still loading",
-        f"lowmem resume {run.folder}",
+        command_line("resume", run.folder),
     )
 
 
@@ -418,7 +418,7 @@ def _stopped(run: Run, signal: str, updates: int) -> Stopped:
     return Stopped(
         f"stopped by {signal} after {updates} updates; everything is saved",
         "the update was finished and a checkpoint written",
-        f"lowmem resume {run.folder}",
+        command_line("resume", run.folder),
     )
 
 

@@ -19,7 +19,7 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
-from lowmem.errors import CheckpointError, ConfigError, short
+from lowmem.errors import CheckpointError, ConfigError, command_line, short
 from lowmem.planner.plan import Plan
 from lowmem.train.events import Event, Metric, to_record
 from lowmem.train.lock import held
@@ -44,8 +44,15 @@ class Run:
     def create(config: Config, plan: dict[str, Any] | None) -> "Run":
         """Make the folder of a new run; ConfigError if it exists, and nothing is touched then."""
         folder = Path(config.run.out) / (config.run.name or _free_name(config))
+        config = _self_contained(config, folder.name)
+        env = json.dumps(environment(), indent=1)
         try:
             folder.mkdir(parents=True)
+            (folder / "checkpoints").mkdir()
+            (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            if plan is not None:
+                (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+            (folder / "env.json").write_text(env, encoding="utf-8")
         except FileExistsError:
             raise _taken(folder) from None
         except OSError as error:
@@ -54,12 +61,6 @@ class Run:
                 str(error),
                 "--out with a writable folder",
             ) from None
-        config = _self_contained(config, folder.name)
-        (folder / "checkpoints").mkdir()
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        if plan is not None:
-            (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
-        (folder / "env.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
         return Run(folder, config)
 
     @staticmethod
@@ -114,10 +115,11 @@ class Run:
             )
         newest = self._newest()
         if newest is None:
+            config = self.folder / "config.toml"
             raise CheckpointError(
                 f"{self.folder} has no complete checkpoint",
                 "the run ended before its first save",
-                f"start it again: lowmem train --config {self.folder / 'config.toml'} --name NEW",
+                f"start it again: {command_line('train', '--config', config)} --name NEW",
             )
         return newest
 
@@ -194,7 +196,7 @@ def _taken(folder: Path) -> ConfigError:
     return ConfigError(
         f"the run folder {folder} exists",
         "a new run never writes into an old one",
-        f"`lowmem resume {folder}` continues it; --name or --out chooses another",
+        f"`{command_line('resume', folder)}` continues it; --name or --out chooses another",
     )
 
 

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from lowmem.planner.hardware import available_memory
 from lowmem.train import checkpoint
-from lowmem.train.disk import Patience, is_full
+from lowmem.train.disk import Patience
 from lowmem.train.events import Saved
 from lowmem.train.run import Run
 from lowmem.train.snapshot import HostCopy, Snapshot
@@ -102,8 +102,9 @@ class Saver:
             writing.join()
         self._writing = None
         error = writing.error
-        if is_full(error):
+        if isinstance(error, OSError):
             what = f"the checkpoint of update {writing.snapshot.at.update}"
+            self._disk.require_full(what, error)
             self._disk.until_done(what, writing.again)
         elif error is not None:
             raise error

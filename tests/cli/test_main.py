@@ -1,5 +1,6 @@
 """Commands as users type them: help, streams, exit codes and the three parts of an error."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -148,6 +149,27 @@ def test_an_orderly_stop_is_no_error(
     fail_with(monkeypatch, Stopped("saved at update 3", "", "lowmem resume runs/a"))
     assert run(["train"]) == 75
     assert capsys.readouterr().err.startswith("stopped: saved at update 3 (exit 75)")
+
+
+def test_what_the_system_refuses_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_with(monkeypatch, OSError(errno.EROFS, "Read-only file system", "cache/x"))
+    assert run(["doctor"]) == 8
+    err = capsys.readouterr().err
+    assert err.startswith("error: cache/x: Read-only file system (exit 8)\n")
+    assert "\n  fix: " in err
+
+
+def test_a_signal_after_the_end_leaves_the_exit_code() -> None:
+    code = (
+        "import atexit, os, signal\n"
+        "from lowmem.cli import main\n"
+        "main.run = lambda arguments: 75\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "main.main()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 75
 
 
 @pytest.mark.parametrize("trace", [["-v"], ["--verbose"], []])

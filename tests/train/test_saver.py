@@ -182,7 +182,7 @@ def test_an_error_of_the_writer_is_raised_at_the_next_look(
         with Saver(run, patience(run, []), behind=behind) as saving:
             saving.save(lambda: snapshot(1, 1.0))
 
-    with pytest.raises(OSError, match="the disk is dying"):
+    with pytest.raises(CheckpointError, match=r"update 1 cannot be written .*: the disk is dying"):
         save_and_look()
 
 
