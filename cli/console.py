@@ -234,10 +234,12 @@ def _speed_lines(plan: Plan) -> list[str]:
     if speed is None or rates is None or seconds is None:
         return [f"Speed   not estimated: {why_no_estimate(plan.card, plan.choice.weights)}"]
     tokens = seconds * speed.tokens_per_second
+    basis = "measured rates" if rates.measured else "uncalibrated"
+    basis += "" if plan.choice.matmul == "exact" else "; as with exact products"
     return [
         f"Speed   about {format_count(speed.tokens_per_second)} tokens/s,"
         f" {format_span(speed.seconds_per_update)} per update, by rates of {rates.card}"
-        f" (+-{100 * speed.error:.0f} %, {'measured rates' if rates.measured else 'uncalibrated'})",
+        f" (+-{100 * speed.error:.0f} %, {basis})",
         f"Time    about {format_span(seconds)} for {format_count(tokens)} tokens"
         f" in {plan.config.train.updates} updates, without evaluation{_energy(plan)}",
     ]

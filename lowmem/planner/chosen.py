@@ -54,8 +54,6 @@ def notes_of(config: Config, filled: Config, model: ModelConfig) -> list[str]:
     ]
     if config.train.compile:
         said.append("compile: planned as if it were off, which takes as much or more")
-    if config.train.matmul != "exact":
-        said.append(f"matmul {config.train.matmul}: memory as it is, time as with exact products")
     if config.optimizer.lr == "auto":
         said.append(f"lr {filled.optimizer.lr:g}: from {recipe}, {spec.source}")
     if config.optimizer.weight_decay == "auto" and filled.optimizer.weight_decay:

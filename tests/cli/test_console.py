@@ -86,6 +86,9 @@ def test_a_plan_says_how_long_it_takes_in_units_of_people() -> None:
         "Time    about 4.4 months for 19.7 B tokens in 150000 updates, without evaluation;"
         " 1,444 kWh at the card's 450 W",
     ]
+    out.truncate(0)
+    Console(out=out).plan(replace(timed, choice=replace(plan.choice, matmul="fp8")), as_result=True)
+    assert "(+-25 %, uncalibrated; as with exact products)" in out.getvalue()
 
 
 def test_a_batch_that_became_smaller_is_the_first_line() -> None:
