@@ -121,7 +121,10 @@ class EventLines:
         if event.update >= event.updates:
             return [f"{event.folder}: all {event.updates} updates are done"]
         first = f"{event.folder}: continuing with update {event.update + 1} of {event.updates}"
-        return [f"{first} from {event.resumed_from}"]
+        lines = [f"{first} from {event.resumed_from}"]
+        if event.bits_differ_by:
+            lines.append(f"{'':>8} not bit for bit: {'; '.join(event.bits_differ_by)}")
+        return lines
 
     def _trained(self, event: Trained) -> list[str]:
         done = event.update + 1

@@ -46,7 +46,7 @@ from lowmem.train.convert import settings_of, take_over
 from lowmem.train.divergence import Memory
 from lowmem.train.events import Converted
 from lowmem.train.retention import superseded
-from lowmem.train.run import MANIFEST, REPLACED, Run, complete_in, update_of
+from lowmem.train.run import MANIFEST, REPLACED, Run, complete_in, decides_bits, update_of
 from lowmem.train.rungs import Rungs
 from lowmem.train.snapshot import Position, Snapshot, TensorFile
 
@@ -76,6 +76,7 @@ def capture(
         "optimizer_updates": optimizer.updates,
         "numbers": optimizer.state_numbers(),
         "settings": settings_of(run.config),
+        "decides_bits": decides_bits(model.head_weight.device.type),
         "corpus": corpus.fingerprint,
         "next_batch": batches.of(at.update).digest(),
     }
@@ -256,6 +257,13 @@ def verify(folder: Path) -> None:
             raise _damaged(folder, f"{path} is damaged: its sha256 is not that of the manifest")
 
 
+def bits_differ_by(folder: Path, device: str) -> list[str]:
+    """What is not as it was when the checkpoint was written, e.g. "threads 1, now 2"."""
+    before, now = read_state(folder).get("decides_bits", {}), decides_bits(device)
+    other = [key for key in now if before.get(key, now[key]) != now[key]]
+    return [f"{key} {before[key]}, now {now[key]}" for key in other]
+
+
 def restore(
     folder: Path,
     model: Llama,
@@ -333,8 +341,9 @@ def _check_state(folder: Path, state: dict[str, Any]) -> None:
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**62):
             shown = short(repr(value))
             raise _damaged(folder, f"{folder / STATE} has {key} = {shown}, which it never writes")
-    if not isinstance(state.get("settings", {}), dict):
-        raise _damaged(folder, f"{folder / STATE} has settings that are no table")
+    for key in ("settings", "decides_bits"):
+        if not isinstance(state.get(key, {}), dict):
+            raise _damaged(folder, f"{folder / STATE} has {key} that are no table")
     for name, numbers in state["numbers"].items():
         if not isinstance(numbers, dict) or not all(
             type(n) in (int, float) for n in numbers.values()

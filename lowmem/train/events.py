@@ -12,13 +12,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Started:
-    """The first update is about to begin, or (update > 0) the run continues."""
+    """The first update is about to begin, or (update > 0) the run continues.
+
+    bits_differ_by: what is not as it was when the checkpoint was written.
+    """
 
     update: int
     updates: int
     tokens_per_update: int
     folder: str
     resumed_from: str | None = None
+    bits_differ_by: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _train_from(task: _Task, start: Path | None, back: RollBack | None) -> Posit
         guard.rolled_back(back)
     begun, updates = at.update, settled(config.train.updates)
     clip = config.train.clip if isinstance(config.train.clip, float) else None
-    report(_started(run, batches, at))
+    report(_started(run, batches, at, model.head_weight.device.type))
     if back is None:
         report(task.storage)
         report(diagnose.assigned(optimizer, model.roles()))
@@ -356,10 +356,11 @@ def _given_up(run: Run, update: int, trouble: str, mode: str, guard: Guard) -> D
     return diverged(update, trouble, mode, guard, healthy)
 
 
-def _started(run: Run, batches: TrainingOrder, at: Position) -> Started:
+def _started(run: Run, batches: TrainingOrder, at: Position, device: str) -> Started:
     resumed = str(run.latest()) if at.update else None
     updates = settled(run.config.train.updates)
-    return Started(at.update, updates, batches.of(0).tokens, str(run.folder), resumed)
+    differ = checkpoint.bits_differ_by(run.latest(), device) if at.update else []
+    return Started(at.update, updates, batches.of(0).tokens, str(run.folder), resumed, differ)
 
 
 def _due(every: int | str, done: int, updates: int) -> bool:

@@ -254,6 +254,19 @@ def _self_contained(config: Config, name: str) -> Config:
     )
 
 
+def decides_bits(device: str) -> dict[str, str]:
+    """What the last bits of an update depend on, beside the settings; device: "cpu" or "cuda"."""
+    import torch
+
+    from lowmem.kernels import dispatch
+
+    found = {"torch": str(torch.__version__), "kernels": dispatch.choice()}
+    if device == "cuda":
+        return found | {"CUDA": str(torch.version.cuda), "card": torch.cuda.get_device_name()}
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return found | {"processor": processor, "threads": str(torch.get_num_threads())}
+
+
 def environment() -> dict[str, Any]:
     """Versions and devices, for reading a run later."""
     import torch

@@ -55,6 +55,14 @@ def test_updates_come_at_most_every_interval_but_first_and_last_always() -> None
     assert shown == [*range(1, 100, 5), 100]
 
 
+def test_a_run_that_goes_on_says_what_changes_its_bits() -> None:
+    lines = lines_at(Clock())
+    (line,) = lines.of(Started(5, 9, 1000, "runs/a", "step-000005"))
+    assert "continuing with update 6 of 9" in line
+    _, told = lines.of(Started(5, 9, 1000, "runs/a", "step-000005", ["threads 1, now 2"]))
+    assert told.endswith("not bit for bit: threads 1, now 2")
+
+
 def test_evaluations_saves_and_signals_are_never_left_out() -> None:
     lines = lines_at(Clock())
     lines.of(trained(0))

@@ -88,6 +88,7 @@ RECORDS: list[tuple[Event, dict[str, Any]]] = [
             "tokens_per_update": 256,
             "folder": "runs/a",
             "resumed_from": "runs/a/checkpoints/step-000004",
+            "bits_differ_by": [],
         },
     ),
     (

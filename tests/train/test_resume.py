@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lowmem.config.schema import MOVE_EARLY, Config
 from lowmem.data.shards import Corpus
 from lowmem.errors import CheckpointError, DataError, Stopped
 from lowmem.optim import methods as all_methods
 from lowmem.tensorfile import sha256_of
-from lowmem.train.events import Event, Trained
+from lowmem.train.events import Event, Started, Trained
 from lowmem.train.loop import train
 from lowmem.train.run import Run
 
@@ -214,6 +215,30 @@ def test_products_in_8_bits_resume_bit_for_bit(
     exact = Run.create(in_folder(ready(tiny_config()), "exact"), None)
     train(exact, tiny_corpus, silent)
     assert hashes(exact) != hashes(whole)
+
+
+def test_what_changes_bits_is_told_when_a_run_goes_on(
+    tiny_config: MakeConfig, tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels and threads sum in another order; nothing is said where nothing changed."""
+    config = ready(tiny_config(checkpoint={"every": 3, "keep": 9}))
+    run = Run.create(config, None)
+    train(run, tiny_corpus, silent)
+
+    def told() -> list[str]:
+        events: list[Event] = []
+        train(Run.open(run.folder / "checkpoints" / "step-000003"), tiny_corpus, events.append)
+        (started,) = (event for event in events if isinstance(event, Started))
+        return started.bits_differ_by
+
+    assert told() == []
+    monkeypatch.setenv("LOWMEM_KERNELS", "reference")
+    assert told() == ["kernels auto, now reference"]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert told()[-1] == f"threads {threads}, now {threads + 1}"
+    state = run.folder / "checkpoints" / "step-000003" / "state.json"
+    assert "decides_bits" in json.loads(state.read_text())
 
 
 def test_metrics_beyond_the_checkpoint_are_made_again(
