@@ -1,5 +1,6 @@
 """`lowmem resume`: continue a run."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from lowmem.cli.train import corpus_of, show_finished, traced_in
 from lowmem.config.defaults import rows_of
 from lowmem.config.load import load
 from lowmem.config.schema import Config, settled
-from lowmem.errors import ConfigError, nearest
+from lowmem.errors import ConfigError, DataError, nearest, short
 from lowmem.planner.plan import Plan
 from lowmem.train.checkpoint import newest_intact
 from lowmem.train.elastic import changed, first_that_fits, require_convertible
@@ -25,12 +26,25 @@ def resume(given: Given, folder: Path, start: str | None, *, as_json: bool) -> N
     if start is not None:
         run = _from_previous(run, start)
         console.say(f"from {run.start}")
+    _require_text(run)
     if given.flags:
         run = _changed(run, given, console)
     corpus = corpus_of(run.config, console)
     with console.progress() as report, traced_in(run.folder):
         finished = train(run, corpus, report)
     show_finished(console, finished, run.folder, as_json=as_json)
+
+
+def _require_text(run: Run) -> None:
+    """DataError: the text of the run has been moved. No flag names another: it must be the same."""
+    source = run.config.data.source
+    if source not in ("sample", "c4") and not os.path.exists(os.path.expanduser(source)):
+        raise DataError(
+            f"{short(source)} does not exist",
+            "the run has its text from there",
+            f"put it back, or write its new place into {run.folder / 'config.toml'}: data.source; "
+            "the tokens are compared before anything is trained",
+        )
 
 
 def _from_previous(run: Run, start: str) -> Run:

@@ -261,6 +261,23 @@ def test_an_export_to_where_nothing_can_be_written_is_refused(
     assert "text.txt/below/a/file cannot be written" in block
 
 
+def test_a_run_whose_text_was_moved_says_how_it_goes_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`resume` has no --data, so "check --data" would help nobody."""
+    folder = tmp_path / "moved"
+    shutil.copytree("runs/one", folder)
+    config = folder / "config.toml"
+    right = config.read_text()
+    config.write_text(right.replace(str(place / "text.txt"), str(tmp_path / "new.txt")))
+    block = " ".join(refused(capsys, 4, ["resume", str(folder)]).split())
+    assert "new.txt does not exist" in block
+    assert "config.toml: data.source" in block
+    assert "--data" not in block
+    shutil.copy(place / "text.txt", tmp_path / "new.txt")
+    assert run(["resume", str(folder / "checkpoints" / "step-000002")]) == 0
+
+
 def test_an_export_is_evaluated_in_the_batches_of_its_run(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
