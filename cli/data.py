@@ -122,3 +122,5 @@ def _show(console: Console, corpus: Corpus, *, as_json: bool) -> None:
                 f"  {name:10} {stream.tokens:>15,} tokens ({format_count(stream.tokens)})"
                 f"  unigram loss {stream.unigram_loss():.4f}"
             )
+    if corpus.skipped:
+        console.result(f"  {corpus.skipped}")

@@ -91,12 +91,15 @@ def corpus_of(config: Config, console: Console) -> "Corpus":
 
     vocab_size = resolve_model(config.model, Path.cwd()).vocab_size
     with console.work("data") as report:
-        return corpus_for(
+        corpus = corpus_for(
             config.data,
             vocab_size,
             max_tokens=_streamed_tokens(config),
             progress=lambda p: report(p.bytes_done, p.bytes, f"{p.tokens:,} tokens"),
         )
+    if corpus.skipped:
+        console.say(f"warning: {corpus.skipped}")
+    return corpus
 
 
 def _streamed_tokens(config: Config) -> int | None:

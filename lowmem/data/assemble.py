@@ -18,7 +18,7 @@ import lowmem
 from lowmem.data.cache import sync_folder, write_whole
 from lowmem.data.jobs import Options
 from lowmem.data.pieces import Piece, is_held_out
-from lowmem.data.shards import FORMAT, MANIFEST, SCHEMA_VERSION, SPLITS, Split
+from lowmem.data.shards import FORMAT, MANIFEST, SCHEMA_VERSION, SPLITS, Split, skipped_in_words
 from lowmem.data.shuffle import documents_shuffled
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import DataError
@@ -45,7 +45,8 @@ def assemble(
     dtype = tokenizer.dtype
     everything = [piece for name in SPLITS for piece in pieces[name]]
     if not any(piece.documents for piece in everything):
-        raise DataError(f"no text for {out}", _why_empty(everything), "give files that hold text")
+        why = _why_empty(everything)
+        raise DataError(f"no text in {_named(everything)}", why, "give files that hold text")
     rows = options.row_tokens is not None
     writers = {
         name: ShardWriter(out, name, dtype, tokenizer.vocab_size, options.limit(name), indexed=rows)
@@ -283,5 +284,10 @@ def _described(pieces: Sequence[Piece]) -> dict[str, Any]:
 
 def _why_empty(pieces: Sequence[Piece]) -> str:
     skipped = sum(piece.skipped for piece in pieces)
-    first = next((line for piece in pieces for line in piece.skipped_first), "")
-    return f"{skipped} lines were skipped, the first: {first}" if skipped else "nothing was found"
+    first = [line for piece in pieces for line in piece.skipped_first]
+    return skipped_in_words(skipped, first) if skipped else "nothing was found"
+
+
+def _named(pieces: Sequence[Piece]) -> str:
+    names = [one["name"] for piece in pieces for one in piece.inputs]
+    return names[0] if len(names) == 1 else f"any of {len(names)} files"

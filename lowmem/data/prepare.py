@@ -166,5 +166,6 @@ def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
         raise DataError(
             f"tokenizer {told['name']} has {told['vocab_size']} ids, the model has {vocab_size}",
             f"id {largest} occurs in {corpus.folder}",
-            f"give the model vocab_size = {told['vocab_size']}, or choose another --tokenizer",
+            f"a --model with vocab_size {largest + 1} or more in its config.json,"
+            " or another --tokenizer",
         )

@@ -13,7 +13,7 @@ of the last): the papers' protocol reads one to a row.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -134,7 +135,7 @@ class TokenStream:
         share = self.counts / self.counts.sum()
         known = self.counts if training is None else training.counts + 1
         used = self.counts > 0
-        return float(-(share[used] * np.log(known[used] / known.sum())).sum())
+        return 0.0 - float((share[used] * np.log(known[used] / known.sum())).sum())
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,13 @@ class Corpus:
         found: int | None = self.manifest.get("row_tokens")
         return found
 
+    @property
+    def skipped(self) -> str:
+        """How many unreadable lines were left out of the text, and the first; "" for none."""
+        count = sum(split.get("skipped", 0) for split in self.manifest["splits"].values())
+        first = self.manifest["source"].get("skipped_first", [])
+        return skipped_in_words(count, first) if count else ""
+
     def tokenizer(self) -> Tokenizer:
         """The copy that the corpus keeps; read once, for every save asks for it."""
         return self._tokenizer
@@ -165,6 +173,12 @@ class Corpus:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(str(self.folder))
+
+
+def skipped_in_words(count: int, first: Sequence[str]) -> str:
+    """What --skip-bad left out; first: the places of some of it."""
+    lines = "1 line was" if count == 1 else f"{count:,} lines were"
+    return f"{lines} skipped" + (f", the first: {short(first[0], 300)}" if first else "")
 
 
 def is_corpus(folder: Path) -> bool:
@@ -278,6 +292,7 @@ class _SplitEntry(_Entry):
     counts_sha256: _Sha256
     starts: _FileName | None = None
     starts_sha256: _Sha256 | None = None
+    skipped: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _check_sum(self) -> Self:
@@ -300,6 +315,14 @@ class _Manifest(_Entry):
     splits: dict[Split, _SplitEntry]
     source: dict[str, Any]
     row_tokens: Annotated[int, Field(ge=2)] | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _check_skipped(cls, source: dict[str, Any]) -> dict[str, Any]:
+        first = source.get("skipped_first", [])
+        if not isinstance(first, list) or not all(isinstance(line, str) for line in first):
+            raise ValueError("source.skipped_first must be a list of texts")
+        return source
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:

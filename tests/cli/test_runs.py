@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -430,6 +431,18 @@ def test_a_damaged_corpus_is_named(place: Path, capsys: pytest.CaptureFixture[st
     assert "train-00000.bin" in refused(capsys, 4, ["data", "verify", "corpus"])
     shard.write_bytes(shard.read_bytes()[:-2])
     assert "train-00000.bin" in refused(capsys, 4, ["data", "info", "corpus"])
+
+
+def test_lines_that_were_skipped_are_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"text": f"word3 number {i} word5"}) for i in range(300)]
+    Path("lines.jsonl").write_text("\n".join(["{", *lines]))
+    told = "1 line was skipped, the first: .*lines.jsonl:1: is not JSON"
+    capsys.readouterr()
+    assert train("skipping", "--data", "lines.jsonl", "--skip-bad") == 0
+    assert re.search(f"\nwarning: {told}", capsys.readouterr().err)
+    out = ["--tokenizer", "tokenizer", "--out", "skipped", "--skip-bad"]
+    assert run(["data", "prepare", "lines.jsonl", *out]) == 0
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_a_folder_called_sample_is_not_taken_for_the_corpus(place: Path) -> None:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -349,7 +350,7 @@ def test_empty_documents_are_left_out(
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
 def test_an_empty_corpus_is_an_error(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(DataError, match="no text for"):
+    with pytest.raises(DataError, match=r"no text in a\.jsonl"):
         prepare(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "out")
     assert not is_corpus(tmp_path / "out")
 
@@ -384,6 +385,7 @@ def test_bad_lines_are_counted_when_asked(
     assert all_of(corpus.validation) == expected_ids(raw, documents(6, 1))
     assert corpus.manifest["splits"]["validation"]["skipped"] == 3
     assert ":4: is not JSON" in corpus.manifest["source"]["skipped_first"][0]
+    assert re.fullmatch(r"3 lines were skipped, the first: .*:4: is not JSON .*", corpus.skipped)
 
 
 def test_a_bad_line_of_plain_text_is_dropped_when_asked(
@@ -416,7 +418,7 @@ def test_only_bad_lines_are_an_error_even_when_skipped(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     (tmp_path / "a.jsonl").write_text("{\n[\n")
-    with pytest.raises(DataError, match="no text for") as caught:
+    with pytest.raises(DataError, match=r"no text in a\.jsonl") as caught:
         prepare(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "out", skip_bad=True)
     assert "2 lines were skipped" in caught.value.why
 
@@ -545,6 +547,7 @@ def test_only_ids_that_occur_must_fit_the_model(
     with pytest.raises(DataError, match=f"has 300 ids, the model has {largest}") as caught:
         corpus_for(config(tmp_path / "out"), largest)
     assert f"id {largest} occurs" in caught.value.why
+    assert f"vocab_size {largest + 1} or more" in caught.value.fix
 
 
 def test_a_wrong_source_is_an_error(tokenizer_folder: Path, tmp_path: Path) -> None:
