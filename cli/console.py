@@ -11,10 +11,11 @@ bar and no colour: lines with a time stamp, at most one update in five seconds.
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
 import rich.console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -170,11 +171,35 @@ class Console:
             yield report
 
 
+class _Console(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        """The reader has gone: `cli/main.py` ends the command. rich would end it with 1, a bug."""
+        raise BrokenPipeError
+
+
+class _Lasting:
+    """stderr for what must outlive its reader: what a pipe, terminal or disk refuses is lost."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _rich(file: TextIO | None, *, stderr: bool) -> rich.console.Console:
+    lasting = cast(TextIO, _Lasting(file or sys.stderr)) if stderr else file
     # Markup and highlighting would read brackets and numbers in paths and messages.
-    console = rich.console.Console(
-        file=file, stderr=stderr, markup=False, highlight=False, emoji=False
-    )
+    console = _Console(file=lasting, stderr=stderr, markup=False, highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH
     return console

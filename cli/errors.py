@@ -7,6 +7,7 @@ error: run folder runs/a exists (exit 2)
 
 import sys
 import traceback
+from contextlib import suppress
 
 from lowmem.errors import LowMemError, short
 
@@ -38,7 +39,8 @@ def tell(error: LowMemError) -> int:
     first, *more = fix or [""]
     lines += [f"  fix: {first}"] if first else []
     lines += [f"       {line}" for line in more[:_MOST_LINES]]
-    print("\n".join(short(line, _LONGEST_LINE) for line in lines), file=sys.stderr)
+    with suppress(OSError):  # nobody is there to read it
+        print("\n".join(short(line, _LONGEST_LINE) for line in lines), file=sys.stderr, flush=True)
     return error.exit_code
 
 

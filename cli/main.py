@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from lowmem.cli.errors import tell, tell_bug
 from lowmem.errors import ConfigError, HardwareError, LowMemError, nearest, plain
@@ -23,9 +23,13 @@ _REFUSED = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "EMF
 def main() -> NoReturn:
     """The command `lowmem`."""
     code = run(sys.argv[1:])
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # one more must not take the exit code's place
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):  # none must take the code's place now
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    try:
+        sys.stderr.flush()
+    except OSError:  # nobody reads it; Python would end with 120 for what is left
+        _let_go(sys.stderr)
     if any(thread.name == "lowmem checkpoint" for thread in threading.enumerate()):
         # After a second Ctrl-C. Python would end the thread inside torch, which aborts on that.
         sys.stdout.flush()
@@ -54,10 +58,14 @@ def run(arguments: Sequence[str]) -> int:
         return _interrupted()
     except BrokenPipeError:
         # The reader has gone (`lowmem methods | head`): nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go(sys.stdout)
         return 0
     except Exception as error:
         return _foreign(error, arguments, traced)
+
+
+def _let_go(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _foreign(error: Exception, arguments: Sequence[str], traced: bool) -> int:

@@ -60,7 +60,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(folder: Path | None = None) -> Iterator[StopRequest]:
-    """Turn the first SIGINT, SIGTERM or SIGUSR1 into a request; a later SIGINT interrupts at once.
+    """Turn the first signal into a request; a later SIGINT interrupts at once.
 
     folder: where STOP, SAVE and PAUSE are looked for. Signals can only be handled in the main
     thread; elsewhere only the files are heard.
@@ -72,8 +72,7 @@ def stop_requests(folder: Path | None = None) -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal = signal.Signals(number).name
 
-    wanted = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
-    numbers = [getattr(signal, name) for name in wanted if hasattr(signal, name)]
+    numbers = [signal.SIGINT, *_ending()]
     try:
         before = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:
@@ -86,13 +85,25 @@ def stop_requests(folder: Path | None = None) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def _ending() -> list[int]:
+    """SIGTERM, SIGUSR1 and SIGHUP (the terminal is closed), but not where nohup ignores that.
+
+    Windows has only the first.
+    """
+    names = ("SIGTERM", "SIGUSR1", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    ignored = signal.Handlers.SIG_IGN
+    hangup = getattr(signal, "SIGHUP", None)
+    return [n for n in numbers if n != hangup or signal.getsignal(n) != ignored]
+
+
 class _Signalled(BaseException):
     """No Exception: who tries to import something optional would take it for a failure."""
 
 
 @contextmanager
 def stopped_before_it_began() -> Iterator[None]:
-    """Until the loop takes over, SIGTERM and SIGUSR1 end a command with a word and exit code 75.
+    """Until the loop takes over, SIGTERM and its kind end a command with a word and exit code 75.
 
     Nothing of a run has changed by then, so there is nothing to save.
     """
@@ -102,7 +113,7 @@ def stopped_before_it_began() -> Iterator[None]:
         heard.append(signal.Signals(number).name)
         raise _Signalled
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    numbers = _ending()
     try:
         before = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:  # not the main thread

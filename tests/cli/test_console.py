@@ -1,7 +1,9 @@
 """Tables and streams at the widths of a terminal and of a pipe."""
 
+import errno
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -232,6 +234,35 @@ def test_a_terminal_gets_a_line_per_update_and_a_bar(monkeypatch: pytest.MonkeyP
     assert err.getvalue().count("7.3891") == 3  # the perplexity, once an update
     assert "eta" in err.getvalue()
     assert "100%" in err.getvalue()
+
+
+class Gone(io.StringIO):
+    """A pipe or terminal that nobody reads any more."""
+
+    def __init__(self, error: int) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.mark.parametrize("error", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("terminal", ["0", "1"])
+def test_a_run_outlives_its_terminal(
+    error: int, terminal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if terminal == "1":
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
+    with Console(err=Gone(error)).progress() as report:
+        report(Started(0, 3, 1000, "runs/a"))
+        report(Trained(0, 2.0, 0.01, 1000, 0.5, "gradient", 2.0, 500.0, GIB))
+
+
+def test_a_result_that_nobody_reads_ends_the_command() -> None:
+    with pytest.raises(BrokenPipeError):
+        Console(out=Gone(errno.EPIPE)).result("answer")
 
 
 def test_a_dumb_terminal_gets_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:

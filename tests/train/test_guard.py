@@ -12,7 +12,7 @@ import pytest
 from lowmem.errors import Stopped
 from lowmem.train.guard import StopRequest, stop_requests, stopped_before_it_began
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +71,13 @@ def test_handlers_are_as_before_however_the_run_ends(error: type[BaseException] 
     assert handlers() == before
 
 
+def test_nohup_is_obeyed() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stopped_before_it_began(), stop_requests() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop
+
+
 def test_an_outer_request_hears_nothing_of_an_inner_one() -> None:
     with stop_requests() as outer:
         with stop_requests() as inner:
@@ -120,7 +127,7 @@ def test_a_wait_ends_early_when_the_run_is_asked_to_stop(tmp_path: Path) -> None
         assert stop.wait(1000.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS[1:])
 def test_before_a_run_has_begun_a_signal_ends_it_with_a_word(number: signal.Signals) -> None:
     with pytest.raises(Stopped, match=number.name) as caught, stopped_before_it_began():
         signal.raise_signal(number)
