@@ -41,6 +41,9 @@ def compare(config: Config, cards: str, console: Console, *, reuse: bool, as_jso
         console.table(
             _COMPARED, [_row(name, plan) for name, plan in zip(names, plans, strict=True)]
         )
+        for name, plan in zip(names, plans, strict=True):
+            for departure in plan.departures:
+                console.result(f"{name}: {departure}")
         for line in _qualities(plans):
             console.result(line)
     if not any(plan.fits for plan in plans):

@@ -62,6 +62,17 @@ def _require(prompt: str, choice: Choice) -> None:
         raise ConfigError(f"--prompt {prompt}", "it holds bytes that are no UTF-8", "--prompt TEXT")
 
 
+def _require_positions(prompt: int, tokens: int, positions: int) -> None:
+    """ConfigError for more text than the model has positions for; beyond them it says nothing."""
+    if prompt + tokens > positions:
+        fix = f"--tokens {positions - prompt}" if prompt < positions else "a shorter --prompt"
+        raise ConfigError(
+            f"--tokens {tokens} after a prompt of {prompt}",
+            f"the model has {positions} positions (max_position_embeddings)",
+            fix,
+        )
+
+
 def _device(name: str) -> str:
     import torch
 
@@ -83,6 +94,7 @@ def _generate(folder: Path, prompt: str, choice: Choice, device: str) -> str:
     tokenizer = _read(AutoTokenizer, folder)
     model = _model(folder).to(device).eval()
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    _require_positions(len(ids), choice.tokens, model.config.max_position_embeddings)
     given = torch.tensor([ids], device=device)
     torch.manual_seed(choice.seed)
     how: dict[str, Any] = {"do_sample": False}

@@ -117,4 +117,7 @@ def format_span(seconds: float) -> str:
 
 
 def _two_digits(value: float) -> str:
+    """Or one, of less than 1: 0.02 is not 0.0."""
+    if value < 1:
+        return f"{value:.1g}"
     return f"{value:.1f}" if value < 10 else f"{value:.0f}"

@@ -171,6 +171,7 @@ def test_counts_for_people_can_be_read_back(count: int) -> None:
         (format_seconds(3599.6), "1 h 0 min"),
         (format_seconds(39 * 3600), "1 d 15 h"),
         (format_span(0.42), "0.4 s"),
+        (format_span(0.0235), "0.02 s"),
         (format_span(99.2), "99 s"),
         (format_span(40 * 60), "40 min"),
         (format_span(13 * 3600), "13 h"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,19 @@ def test_compare_has_a_row_for_each_card(
     plans = json.loads(told(capsys, "--compare", "840MiB,6GB,rtx4090", "--json"))
     assert [Plan.from_json(plan).fits for plan in plans] == [False, True, True]
     assert len(made) == 3
+
+
+def test_compare_says_what_became_other_than_one_would_expect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, note = search.make_plan, "batch 1seq instead of 4, which do not fit"
+
+    def smaller(*arguments: Any) -> Plan:
+        plan = make(*arguments)
+        return replace(plan, notes=[note, *plan.notes])
+
+    monkeypatch.setattr(search, "make_plan", smaller)
+    assert f"\n6GB: {note}\n" in told(capsys, "--compare", "6GB", "--no-cache")
 
 
 @pytest.mark.parametrize(

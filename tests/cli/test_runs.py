@@ -229,6 +229,7 @@ def test_methods_that_need_float_weights_refuse_codes(
     [
         (["--seed", str(2**63)], "is too large"),
         (["--tokens", "9" * 30], "allowed: 1 to 1000000"),
+        (["--tokens", "64"], "the model has 64 positions"),
         (["--temperature", "1e-30"], "draws no token"),
         (["--temperature", "1e9"], "draws no token"),
         (["--prompt", "a\udce4"], "no UTF-8"),
