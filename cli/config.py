@@ -8,7 +8,7 @@ from textwrap import indent
 from lowmem.cli.console import Console
 from lowmem.cli.options import Given
 from lowmem.cli.settings import loaded
-from lowmem.config.load import flatten, load
+from lowmem.config.load import examine, flatten
 from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml, toml_value
@@ -38,12 +38,9 @@ def check(given: Given, files: list[Path]) -> None:
     console = Console(quiet=given.quiet)
     wrong: list[tuple[Path, LowMemError]] = []
     for path in files:
-        try:
-            check_file(load({}, [path], {}).config)
-            console.result(f"{path}: ok")
-        except LowMemError as error:
-            wrong.append((path, error))
-            console.result(f"{path}: wrong")
+        error = _wrong_in(path)
+        wrong += [] if error is None else [(path, error)]
+        console.result(f"{path}: {'ok' if error is None else 'wrong'}")
     if len(files) == 1 and wrong:
         raise wrong[0][1]
     if wrong:
@@ -51,6 +48,19 @@ def check(given: Given, files: list[Path]) -> None:
             f"{len(wrong)} of {len(files)} files are wrong",
             [(f"{path}: {error.what}", error) for path, error in wrong],
         )
+
+
+def _wrong_in(path: Path) -> LowMemError | None:
+    """All that is wrong in a file, names that stand beside wrong values included."""
+    config, error = examine(path)
+    try:
+        check_file(config)
+    except LowMemError as unknown:
+        if error is None:
+            return unknown
+        both = [(each.what, each) for each in (error, unknown)]
+        return _together(f"{path} is wrong in values and in names", both)
+    return error
 
 
 def _together(what: str, wrong: Sequence[tuple[str, LowMemError]]) -> ConfigError:

@@ -94,6 +94,29 @@ def load(
 
     assignments: "key=value" of --set, the value in TOML. Raises ConfigError with all problems.
     """
+    config, given = _read(flags, files, environ, assignments)
+    if given.problems:
+        raise config_error(given.problems)
+    origins = {
+        key: given.values[key].origin if key in given.values else "default"
+        for key, _ in flatten(config.model_dump())
+    }
+    return Loaded(config, origins, _odd_variables(environ))
+
+
+def examine(file: Path) -> tuple[Config, ConfigError | None]:
+    """(the configuration of all that is right in a file, what is wrong in it)."""
+    config, given = _read({}, [file], {}, ())
+    return config, config_error(given.problems) if given.problems else None
+
+
+def _read(
+    flags: Mapping[str, Any],
+    files: Sequence[Path],
+    environ: Mapping[str, str],
+    assignments: Sequence[str],
+) -> tuple[Config, _Given]:
+    """The configuration of all that is right, and what was given, with all problems."""
     given, problems = _Given(), list[Problem]()
     sources = list(_sources(flags, files, environ, assignments, problems))
     named = [entry for source in sources for entry in source if entry[0] == "recipe"]
@@ -101,12 +124,7 @@ def load(
     for source in sources:
         given.take(source)
     given.problems += problems
-    config = _validated(given)
-    origins = {
-        key: given.values[key].origin if key in given.values else "default"
-        for key, _ in flatten(config.model_dump())
-    }
-    return Loaded(config, origins, _odd_variables(environ))
+    return _validated(given), given
 
 
 def _sources(
@@ -286,23 +304,47 @@ def _odd_variables(environ: Mapping[str, str]) -> list[str]:
 
 
 def _validated(given: _Given) -> Config:
-    """The configuration, or one ConfigError with everything that is wrong."""
-    problems = given.problems + [
-        Problem(_place(entry.origin), entry.written, must_be(key, entry.value))
+    """The configuration of the values that are right; for the others problems are added.
+
+    What is wrong is left out and the rest looked at again: whether values suit one another is
+    asked only where each is right by itself.
+    """
+    no_switches = [  # `updates = true` is not 1
+        key
         for key, entry in given.values.items()
-        if isinstance(entry.value, bool) and not takes_boolean(key)  # `updates = true` is not 1
+        if isinstance(entry.value, bool) and not takes_boolean(key)
     ]
-    try:
-        config = Config.model_validate(_nested(given.values))
-    except ValidationError as error:
-        listed = {problem.key for problem in problems}
-        for key, reason in wrong_values(error).items():
-            origin, written = _source_of(key, given.values)
-            if written not in listed:
-                problems.append(Problem(_place(origin), written, reason))
-    if problems:
-        raise config_error(problems)
-    return config
+    wrong = {key: must_be(key, given.values[key].value) for key in no_switches}
+    _add_problems(given, wrong)
+    values = _without(wrong, given.values)
+    while True:
+        try:
+            return Config.model_validate(_nested(values))
+        except ValidationError as error:
+            wrong = wrong_values(error)
+        _add_problems(given, wrong)
+        left = _without(wrong, values)
+        values = left if len(left) < len(values) else {}
+
+
+def _add_problems(given: _Given, wrong: Mapping[str, str]) -> None:
+    """Reasons by dotted key become problems, one for each key as it was written."""
+    listed = {problem.key for problem in given.problems}
+    for key, reason in wrong.items():
+        origin, written = _source_of(key, given.values)
+        if written not in listed:
+            given.problems.append(Problem(_place(origin), written, reason))
+
+
+def _without(wrong: Iterable[str], values: Mapping[str, _Value]) -> dict[str, _Value]:
+    """The values but those at, in or around the keys; of a key that nobody gave, its section."""
+    left = dict(values)
+    for key in wrong:
+        found = [name for name in values if name == key or _displaces(key, name)]
+        section = key.partition(".")[0]
+        for name in found or [name for name in values if name.partition(".")[0] == section]:
+            left.pop(name, None)
+    return left
 
 
 def _nested(values: Mapping[str, _Value]) -> dict[str, Any]:

@@ -85,6 +85,27 @@ def test_check_tells_all_that_is_unknown_in_a_file(
     assert all(word in told for word in ("llama-61m", "rtx9999", "galor"))
 
 
+def test_check_tells_wrong_values_and_unknown_names_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(
+        'model = "llama-61m"\n[optimizer]\nmethod = "galore"\ngapp = 5\nrank = -3\n'
+        '[train]\nupdates = 10\ntokens = "1B"\nbatch = "x"\n[nosuch]\na = 1\n'
+    )
+    assert run(["config", "check", str(path)]) == 2
+    told = capsys.readouterr().err
+    for words in (
+        "llama-61m",
+        "gapp",
+        "optimizer.rank",
+        "give one of",
+        "'x' is no batch",
+        "nosuch",
+    ):
+        assert told.count(words) == 1, told
+
+
 def test_the_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
