@@ -34,6 +34,8 @@ def show(comparison: Comparison, console: Console) -> None:
         for number, each in enumerate(settings, start=1)
     ]
     console.table(head, rows, gap=1)
+    for number, each in enumerate(settings, start=1):
+        console.result(f"{number}: {', '.join(str(run.folder) for run in each.runs)}")
     if comparison.is_fair:
         judged = ", ".join(comparison.judged_by)
         console.result(f"pareto: no other setting is as good or better in all of {judged}")

@@ -58,6 +58,7 @@ def test_a_fair_table_shows_interval_and_pareto(
     first, *rest = capsys.readouterr().out.splitlines()
     assert "not comparable" not in first
     assert [line.split()[-1] for line in rest[:2]] == ["yes", "1"]
+    assert rest[2:4] == [f"1: {runs[0]}, {runs[1]}", f"2: {runs[2]}, {runs[3]}"]
     assert "51.49..58.47" in rest[0]  # exp(4.005 +- 12.7062 * 0.00707 / sqrt 2)
     assert run(["compare", *map(str, runs), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["comparable"]
