@@ -11,7 +11,7 @@ from lowmem.cli.train import corpus_of, show_finished, traced_in
 from lowmem.config.defaults import rows_of
 from lowmem.config.load import load
 from lowmem.config.schema import Config, settled
-from lowmem.errors import ConfigError, DataError, nearest, short
+from lowmem.errors import ConfigError, DataError, nearest, short_path
 from lowmem.planner.plan import Plan
 from lowmem.train.checkpoint import newest_intact
 from lowmem.train.elastic import changed, first_that_fits, require_convertible
@@ -40,7 +40,7 @@ def _require_text(run: Run) -> None:
     source = run.config.data.source
     if source not in ("sample", "c4") and not os.path.exists(os.path.expanduser(source)):
         raise DataError(
-            f"{short(source)} does not exist",
+            f"{short_path(source)} does not exist",
             "the run has its text from there",
             f"put it back, or write its new place into {run.folder / 'config.toml'}: data.source; "
             "the tokens are compared before anything is trained",

@@ -76,13 +76,23 @@ class Stopped(LowMemError):
 
 def short(text: str, most: int = 80) -> str:
     """`text` on one line of at most about `most` characters, what a terminal obeys spelled out."""
-    shown = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text[: most + 1]
-    )
     if len(text) <= most:
-        return shown
-    return f"{shown[: most - 20]}... ({len(text):,} characters)"
+        return _spelled_out(text)
+    half = (most - 20) // 2
+    ends = (_spelled_out(end) for end in (text[:half], text[-half:]))
+    return f"{'...'.join(ends)} ({len(text):,} characters)"
+
+
+def short_path(path: object) -> str:
+    """As `short`, but whole at any usual length: the end of a path is what tells."""
+    return short(str(path), 300)
+
+
+def _spelled_out(text: str) -> str:
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def command_line(*words: object) -> str:

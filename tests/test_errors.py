@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lowmem import errors
-from lowmem.errors import LowMemError, command_line, nearest
+from lowmem.errors import LowMemError, command_line, nearest, short, short_path
 
 EXIT_CODES = {
     "LowMemError": 1,
@@ -33,6 +33,17 @@ def test_an_error_keeps_its_three_parts() -> None:
 def test_a_shown_command_can_be_pasted() -> None:
     assert command_line("resume", Path("runs/a")) == "lowmem resume runs/a"
     assert command_line("eval", Path("my runs/a b")) == "lowmem eval 'my runs/a b'"
+
+
+def test_what_is_long_keeps_both_ends_and_a_usual_path_all_of_it() -> None:
+    told = short("begin" + "x" * 200 + "\x1b" + "y" * 10 + "end")
+    assert told.startswith("beginxxx")
+    assert told.endswith("x\\x1byyyyyyyyyyend (219 characters)")
+    assert len(told) < 90
+    path = Path("/home/somebody") / ("a folder of a long name/" * 9) / "text.jsonl"
+    assert short_path(path) == str(path)
+    longer = path / ("z" * 200)
+    assert short_path(longer).endswith(f"zz ({len(str(longer))} characters)")
 
 
 @pytest.mark.parametrize(

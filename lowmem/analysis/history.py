@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from lowmem.analysis.reproduce import VERDICT
 from lowmem.config.load import flatten
 from lowmem.config.schema import Config, settled
-from lowmem.errors import CheckpointError, command_line, short
+from lowmem.errors import CheckpointError, command_line, short_path
 from lowmem.planner.plan import Plan
 from lowmem.train.events import Diagnosed, Evaluated, Measured, Trained, perplexity
 from lowmem.train.lock import holder_of
@@ -176,7 +176,7 @@ class History:
             return self
         going = " yet: it is just starting" if self.process is not None else ""
         raise CheckpointError(
-            f"{short(str(self.folder))} has no updates{going}",
+            f"{short_path(self.folder)} has no updates{going}",
             f"its {METRICS} holds nothing that was trained",
             command_line("resume", self.folder),
         )
@@ -189,7 +189,7 @@ def _require_settled(run: Run) -> None:
     left = [key for key in keys if told[key] == "auto"]
     if left:
         raise CheckpointError(
-            f"{short(str(run.folder))} is no run",
+            f"{short_path(run.folder)} is no run",
             f"its config.toml leaves {', '.join(left)} open, which a run has settled",
             f"lowmem train --config {run.folder / 'config.toml'}",
         )

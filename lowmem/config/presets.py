@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lowmem.config.huggingface import model_config_from_huggingface
 from lowmem.config.schema import ModelConfig
-from lowmem.errors import ConfigError, nearest, short
+from lowmem.errors import ConfigError, nearest, short_path
 
 
 def preset_names() -> list[str]:
@@ -69,7 +69,7 @@ def _read_config_json(path: Path) -> ModelConfig:
 def _unknown_model(spec: str) -> ConfigError:
     names = preset_names()
     return ConfigError(
-        f"--model {short(spec)} is neither a preset nor a file",
+        f"--model {short_path(spec)} is neither a preset nor a file",
         f"presets: {', '.join(names)}",
         nearest(spec, names) or "a preset, or the path of a config.json or of its folder",
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowmem.data.shards import PIECES, Split, is_corpus
-from lowmem.errors import DataError, HardwareError, short
+from lowmem.errors import DataError, HardwareError, short_path
 from lowmem.units import MIB, format_bytes
 
 MAX_LINE_BYTES = 64 * MIB
@@ -55,7 +55,7 @@ def find_inputs(source: str) -> list[Input]:
     path = Path(os.path.expanduser(source))  # os.path, because pathlib raises for odd names
     if not os.path.exists(path):
         why = '--data is "sample", "c4" or a path to text, JSON lines, parquet or prepared shards'
-        raise DataError(f"{short(source)} does not exist", why, "check --data")
+        raise DataError(f"{short_path(source)} does not exist", why, "check --data")
     if os.path.isfile(path):
         found = [path] if path.name.endswith(SUFFIXES) else []
     else:

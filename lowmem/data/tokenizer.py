@@ -17,7 +17,7 @@ import tokenizers
 
 from lowmem.data.hub import hub_file
 from lowmem.data.words import WordEncoder, cuts_at_spaces
-from lowmem.errors import DataError, short
+from lowmem.errors import DataError, short_path
 
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 """Names of the end token, for files that do not say which one it is."""
@@ -112,7 +112,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if os.path.isfile(path):
         return _read(path, path.with_name("tokenizer_config.json"), _name(path))
     if path.is_absolute() or spec.startswith((".", "~")) or path.suffix in (".json", ".model"):
-        raise DataError(f"tokenizer {short(spec)} does not exist", "", "check --tokenizer")
+        raise DataError(f"tokenizer {short_path(spec)} does not exist", "", "check --tokenizer")
     return _from_hub(spec)
 
 

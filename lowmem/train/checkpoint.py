@@ -27,7 +27,7 @@ from lowmem.config.schema import Config
 from lowmem.data.batches import TrainingOrder
 from lowmem.data.cache import sync_folder
 from lowmem.data.shards import Corpus
-from lowmem.errors import CheckpointError, ConfigError, DataError, command_line, short
+from lowmem.errors import CheckpointError, ConfigError, DataError, command_line, short, short_path
 from lowmem.model.huggingface import (
     CODES,
     WEIGHTS,
@@ -380,7 +380,7 @@ def export(path: Path, out: Path) -> None:
             write_floats(folder, out)
     except (OSError, shutil.Error) as error:
         raise ConfigError(
-            f"{short(str(out))} cannot be written",
+            f"{short_path(out)} cannot be written",
             short(str(error), 300),
             "give a new folder in a place you may write to, with room for the weights",
         ) from error

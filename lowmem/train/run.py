@@ -19,7 +19,7 @@ from lowmem.config.presets import resolve_model
 from lowmem.config.schema import Config
 from lowmem.config.toml import to_toml
 from lowmem.data.cache import write_whole
-from lowmem.errors import CheckpointError, ConfigError, command_line, short
+from lowmem.errors import CheckpointError, ConfigError, command_line, short_path
 from lowmem.planner.plan import Plan
 from lowmem.train.events import Event, Metric, to_record
 from lowmem.train.lock import held
@@ -71,7 +71,7 @@ class Run:
             folder, start = whole.parent.parent, whole
         if not os.path.isfile(folder / "config.toml"):  # pathlib raises where a name is too long
             raise CheckpointError(
-                f"{short(str(path))} "
+                f"{short_path(path)} "
                 + ("is no run" if os.path.exists(path) else "does not exist"),
                 "expected a folder with config.toml, as `lowmem train` makes it",
                 "ls runs",
