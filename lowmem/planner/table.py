@@ -8,6 +8,7 @@ from lowmem.planner.candidates import Family, families, quality
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Candidate, Choice
 from lowmem.planner.settings import fastest_settings, hoped_for, least, most_rows, ways_of
+from lowmem.planner.speed import estimate
 
 _BESIDE = 2  # methods shown after the choice
 _FASTEST_TRIED = 3
@@ -18,10 +19,15 @@ def other_rows(job: Job, choice: Choice, rows: list[Candidate], room: int) -> li
     tried = families(job.config, job.model)
     later = _next_methods(job, tried, choice)
     rows = [row for row in rows if row.choice.method not in later]
+    rows = [_replayed(job, row) if row.choice == choice else row for row in rows]
     rows += [_row_of(job, each, room) for each in later.values()]
-    rows = _labelled(rows, job, _fastest_of_all(job, tried, choice, room), "fastest")
-    smallest = least(job)
-    return _labelled(rows, job, smallest, "smallest") if job.fits(smallest, room) else rows
+    if estimate(job.timed(choice), job.card) is not None:
+        rows = _labelled(rows, _fastest(job, tried, rows, room), "fastest")
+    return _labelled(rows, _smallest(job, rows, room), "smallest")
+
+
+def _replayed(job: Job, row: Candidate) -> Candidate:
+    return replace(row, peak_bytes=job.memory(row.choice).reserved)
 
 
 def _next_methods(job: Job, tried: Sequence[Family], choice: Choice) -> dict[str, list[Family]]:
@@ -44,27 +50,41 @@ def _row_of(job: Job, method: Sequence[Family], room: int) -> Candidate:
     return min(rejected, key=lambda row: row.peak_bytes)
 
 
-def _labelled(rows: list[Candidate], job: Job, choice: Choice, label: str) -> list[Candidate]:
-    """The table with what these settings are best for, in their own row if they have none."""
+def _labelled(rows: list[Candidate], best: Candidate, label: str) -> list[Candidate]:
+    """The table with what this row is best for, in the row of its settings if they have one."""
     for at, row in enumerate(rows):
-        if row.choice == choice:
-            return [*rows[:at], replace(row, reason=f"{row.reason}, {label}"), *rows[at + 1 :]]
-    return [*rows, Candidate(choice, True, job.peak(choice), reason=label)]
+        if row.choice == best.choice:
+            return [*rows[:at], replace(best, reason=f"{row.reason}, {label}"), *rows[at + 1 :]]
+    return [*rows, replace(best, reason=label)]
 
 
-def _fastest_of_all(job: Job, tried: Sequence[Family], choice: Choice, room: int) -> Choice:
-    """The settings with the shortest update, of any quality: of the few that could be fastest."""
+def _fastest(job: Job, tried: Sequence[Family], rows: list[Candidate], room: int) -> Candidate:
+    """The settings with the shortest update, of any quality: of those in the table and of the few
+    others that could be faster."""
+    best = min((row for row in rows if row.fits), key=lambda row: job.seconds(row.choice))
     hopes = [
         (job.seconds(hoped_for(job, family.least, way, min(job.rows, most_rows(job)))), family, way)
         for family in tried
         for way in ways_of(job, family.least)
         if job.persistent(family.least, way.place, way.blocks) <= room
     ]
-    best = choice
     for hope, family, way in sorted(hopes, key=lambda each: each[0])[:_FASTEST_TRIED]:
-        if hope >= job.seconds(best):
+        if hope >= job.seconds(best.choice):
             break
         found = fastest_settings(job, family.least, way, room)
-        if found is not None:
-            best = min(best, found, key=job.seconds)
+        if found is not None and job.seconds(found) < job.seconds(best.choice):
+            best = Candidate(found, True, job.peak(found))
     return best
+
+
+def _smallest(job: Job, rows: list[Candidate], room: int) -> Candidate:
+    """The lowest peak: of those in the table and of the settings with the fewest tensors.
+
+    Both they and the choice are replayed: a guess would be above what they take.
+    """
+    found = least(job)
+    fitting = [row for row in rows if row.fits]
+    if job.fits(found, room):
+        fitting = [row for row in fitting if row.choice != found]
+        fitting.append(_replayed(job, Candidate(found, True, 0)))
+    return min(fitting, key=lambda row: row.peak_bytes)

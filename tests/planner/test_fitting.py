@@ -13,6 +13,7 @@ from lowmem.planner.hardware import find_card
 from lowmem.planner.job import Job, kind_of
 from lowmem.planner.plan import Choice, Plan
 from lowmem.planner.search import make_plan
+from lowmem.planner.table import other_rows
 from lowmem.planner.ways import Way
 from lowmem.units import MIB
 
@@ -53,6 +54,33 @@ def test_more_memory_never_gives_a_worse_plan(small: Job) -> None:
         earlier = now
     else:
         raise AssertionError("everything fitted into nothing")
+
+
+@pytest.mark.parametrize("mib", [300, pytest.param(180, marks=pytest.mark.slow)])
+def test_the_smallest_and_the_fastest_row_are_so_in_the_table(small: Job, mib: int) -> None:
+    rows, choice = search(small, mib * MIB)
+    assert choice is not None
+    shown = [row for row in other_rows(small, choice, rows, mib * MIB) if row.fits]
+    smallest, fastest = (
+        next(row for row in shown if label in row.reason) for label in ("smallest", "fastest")
+    )
+    assert smallest == min(shown, key=lambda row: row.peak_bytes)
+    assert fastest == min(shown, key=lambda row: small.seconds(row.choice))
+    # What is compared has been replayed: a guess would be some MiB above it.
+    chosen = next(row for row in shown if row.choice == choice)
+    for row in (smallest, chosen):
+        assert row.peak_bytes == small.memory(row.choice).reserved
+
+
+def test_no_row_is_called_fastest_where_no_speed_is_known() -> None:
+    """On a CPU the choice is ranked by a common one, whose rates nobody would recognise."""
+    sections: dict[str, Any] = {"model": "llama-tiny", "train": {"device": "cpu", "batch": "2seq"}}
+    config, notes = settle(Config.model_validate(sections), cuda=False)
+    plan = make_plan(config, find_card("8GB", "cpu"), notes)
+    assert plan.speed is None
+    reasons = [row.reason for row in plan.candidates]
+    assert not any("fastest" in reason for reason in reasons)
+    assert any("smallest" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize(
