@@ -70,7 +70,8 @@ def sweep(given: Given, asked: Asked, *, as_json: bool) -> None:
     _require_as_before(outcomes, folder)
     for outcome in outcomes:
         _look_up(outcome, folder)
-    console.say(f"{folder}: {len(outcomes)} trials")
+    alone = "" if len(outcomes) > 1 else ", for nothing is varied: no setting and no seed"
+    console.say(f"{folder}: {_trials_in_words(len(outcomes))}{alone}")
     _forecast(outcomes, console)
     _show_plan(outcomes, console)
     if asked.dry_run:
@@ -121,6 +122,10 @@ def _trials(request: Request) -> list[Trial]:
     from lowmem.optim.assign import takes_rank  # imports torch
 
     return trials(request, takes_rank)
+
+
+def _trials_in_words(count: int) -> str:
+    return "1 trial" if count == 1 else f"{count} trials"
 
 
 def _of(trial: Trial, request: Request, given: Given, folder: Path) -> Outcome:
@@ -219,7 +224,7 @@ def _show_plan(outcomes: Sequence[Outcome], console: Console) -> None:
     total = format_span(sum(known)) if known else "an unknown time: no rates of this device"
     beside = "" if len(known) in (0, len(left)) else f" for {len(known)} of them"
     if left:
-        console.say(f"{len(left)} trials to run, {total}{beside}, without evaluation")
+        console.say(f"{_trials_in_words(len(left))} to run, {total}{beside}, without evaluation")
 
 
 def _run(outcome: Outcome, folder: Path, stop: StopRequest, console: Console, place: str) -> None:

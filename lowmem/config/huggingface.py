@@ -4,6 +4,7 @@ model_config_from_huggingface(json.loads(path.read_text()))
 huggingface_config(config, "bfloat16")
 """
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,31 +18,34 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0}
 
 
-def model_config_from_huggingface(data: dict[str, Any]) -> ModelConfig:
+def model_config_from_huggingface(
+    data: dict[str, Any], where: Path | str = "config.json"
+) -> ModelConfig:
     """The shape that a config.json of transformers 4 or 5 describes.
 
-    Of several end tokens (LLaMA 3) the first is taken. ConfigError: another model type, activation
-    or rotary scheme, dropout, or fields that are missing or contradict each other.
+    where: its path, for errors. Of several end tokens (LLaMA 3) the first is taken. ConfigError:
+    another model type, activation or rotary scheme, dropout, or fields that are missing or
+    contradict each other.
     """
     for key, allowed in _FIXED.items():
         value = data.get(key, None if key == "model_type" else allowed)
         if value != allowed:
             raise ConfigError(
-                f"{key} = {short(repr(value))} in config.json",
+                f"{key} = {short(repr(value))} in {where}",
                 f"lowmem trains LLaMA models: {key} must be {allowed!r}",
                 "use the config.json of a LLaMA model, or a preset such as llama-60m",
             )
     known = {key: value for key, value in data.items() if key in ModelConfig.model_fields}
     for key in _TOKENS:
         known[key] = _one_token(data.get(key))
-    known["rope_theta"], known["rope_scaling"] = _read_rope(data)
+    known["rope_theta"], known["rope_scaling"] = _read_rope(data, where)
     try:
         return ModelConfig.model_validate(known)
     except ValidationError as error:
         reasons = wrong_values(error, "model")
         told = [f"{key.removeprefix('model.')}: {why}" for key, why in reasons.items()]
         raise ConfigError(
-            f"config.json describes no LLaMA model: {short('; '.join(told), 300)}",
+            f"{where} describes no LLaMA model: {short('; '.join(told), 300)}",
             "lowmem reads the fields of Hugging Face's LlamaConfig",
             "correct these fields, or use a preset such as llama-60m",
         ) from error
@@ -53,12 +57,12 @@ def _one_token(value: Any) -> Any:
     return None if first in ([], -1) else first
 
 
-def _read_rope(data: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+def _read_rope(data: dict[str, Any], where: Path | str) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) of `rope_parameters` (5) or of `rope_theta` and `rope_scaling` (4)."""
     told = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(told, dict):
         raise ConfigError(
-            f"rope_parameters = {short(repr(told))} in config.json",
+            f"rope_parameters = {short(repr(told))} in {where}",
             "rope_parameters and rope_scaling are objects or null",
             "correct the file, or use a preset such as llama-60m",
         )
@@ -71,7 +75,7 @@ def _read_rope(data: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
         if partial != 1.0:
             what = f"partial_rotary_factor = {short(repr(partial))}"
         raise ConfigError(
-            f"{what} in config.json",
+            f"{what} in {where}",
             f"lowmem turns whole heads with rope_type {', '.join(_ROPE_TYPES)}",
             "remove the rotary scaling, or use a model with one of these",
         )

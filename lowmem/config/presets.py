@@ -63,7 +63,7 @@ def _read_config_json(path: Path) -> ModelConfig:
             "a config.json holds one JSON object",
             "give the config.json of a Hugging Face LLaMA, or its folder",
         )
-    return model_config_from_huggingface(data)
+    return model_config_from_huggingface(data, path)
 
 
 def _unknown_model(spec: str) -> ConfigError:

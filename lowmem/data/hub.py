@@ -93,7 +93,7 @@ class C4Stream:
             import datasets
         except ImportError as error:
             fix = "pip install 'lowmem[hub]'"
-            raise HardwareError("--data c4 needs the package `datasets`", "", fix) from error
+            raise HardwareError("c4 needs the package `datasets`", "", fix) from error
         require_network(C4_MISSING, C4_FIX)
         self.name = f"allenai/c4 en {split}"
         self._split, self._files = split, c4_files(split, shuffled=shuffled)

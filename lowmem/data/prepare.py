@@ -5,6 +5,7 @@ corpus_for(DataConfig(source="books/"), vocab_size=32000)    the same, once, in 
 """
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,8 @@ def _described(source: str) -> tuple[Sequence[Input], dict[str, Any]]:
     if source == "sample":
         return sample_source()
     if is_corpus(Path(os.path.expanduser(source))):
-        raise DataError(f"{source} is prepared already", "", f"use it as it is: --data {source}")
+        use = f"use it as it is: lowmem train --data {shlex.quote(source)}"
+        raise DataError(f"{source} is prepared already", "", use)
     inputs = find_inputs(source)
     layout = "allenai/c4, only en/" if is_c4_copy(source) else "files"
     return inputs, {"kind": "files", "layout": layout}

@@ -54,8 +54,11 @@ def find_inputs(source: str) -> list[Input]:
     """
     path = Path(os.path.expanduser(source))  # os.path, because pathlib raises for odd names
     if not os.path.exists(path):
-        why = '--data is "sample", "c4" or a path to text, JSON lines, parquet or prepared shards'
-        raise DataError(f"{short_path(source)} does not exist", why, "check --data")
+        raise DataError(
+            f"{short_path(source)} does not exist",
+            'data are "sample", "c4" or a path to text, JSON lines, parquet or prepared shards',
+            "the path of a file or folder that exists",
+        )
     if os.path.isfile(path):
         found = [path] if path.name.endswith(SUFFIXES) else []
     else:

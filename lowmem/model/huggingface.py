@@ -107,7 +107,8 @@ def load_folder(
     host memory. CheckpointError: a file, tensor or shape that does not match, by name; ConfigError:
     a config.json of another model.
     """
-    config = model_config_from_huggingface(_read_json(folder / "config.json"))
+    path = folder / "config.json"
+    config = model_config_from_huggingface(_read_json(path), path)
     _require_size(folder, config)
     model = Llama(
         config,
@@ -152,8 +153,9 @@ def float_weights(folder: Path) -> list[tuple[str, Pending]]:
 
     CheckpointError: a config.json or tensor that does not match; the latter when it is made.
     """
-    data = _read_json(folder / "config.json")
-    config, dtype = model_config_from_huggingface(data), dtype_of(data)
+    path = folder / "config.json"
+    data = _read_json(path)
+    config, dtype = model_config_from_huggingface(data, path), dtype_of(data)
     ends = ends_in_codes(folder)
     shapes = Llama(config, dtype=dtype, device="meta", int8=True, int8_ends=ends, attention="cpu")
     return [

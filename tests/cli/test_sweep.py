@@ -125,6 +125,19 @@ def test_a_sweep_runs_every_trial_once_and_names_the_best(
     assert len(started) == 2  # a sweep may grow
 
 
+def test_a_single_trial_says_that_nothing_is_varied(
+    started: list[list[str]], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("one.toml").write_text('[settings]\noptimizer.method = "adamw"\n')
+    assert run(["sweep", "one.toml", *SETTINGS]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "runs/one: 1 trial, for nothing is varied: no setting and no seed"
+    assert any(line.startswith("1 trial to run") for line in told)
+    assert len(started) == 1
+    assert run(["sweep", "one.toml", *SETTINGS, "--seeds", "2"]) == 0  # it grows
+    assert "varied" not in capsys.readouterr().err
+
+
 def test_a_failed_trial_is_named_and_the_rest_goes_on(
     started: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,21 @@ def test_unknown_names_list_the_presets_and_the_nearest() -> None:
     assert caught.value.fix == "did you mean `llama-60m`?"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"model_type": "qwen3"}, {"rope_scaling": {"rope_type": "yarn"}}, {"rope_scaling": [1]}, {}],
+)
+def test_a_config_json_of_another_model_is_refused_by_its_path(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    (tmp_path / "other").mkdir()
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "vocab_size": 0} | change))
+    with pytest.raises(ConfigError) as caught:
+        resolve_model("other", tmp_path)
+    assert str(path) in caught.value.what
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "{broken", "\x00"])
 def test_a_config_json_of_nonsense_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -65,8 +65,9 @@ def test_a_copy_of_c4_is_only_its_english_part(tmp_path: Path) -> None:
 
 
 def test_no_source_and_no_text_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist") as caught:
         find_inputs(str(tmp_path / "nothing"))
+    assert "--data" not in caught.value.why + caught.value.fix  # `data prepare` has no such flag
     touch(tmp_path, "README.md")
     with pytest.raises(DataError, match="no text in") as caught:
         find_inputs(str(tmp_path))
