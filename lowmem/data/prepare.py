@@ -72,7 +72,9 @@ def corpus_for(
         _check_protocol(corpus, config.protocol, row_tokens_of(config))
     else:
         options = Options(config.text_key, config.skip_bad, max_tokens, row_tokens_of(config))
-        corpus = _cached(config.source, tokenizer_for(config), options, progress)
+        tokenizer = tokenizer_for(config)
+        _check_end(tokenizer, vocab_size)
+        corpus = _cached(config.source, tokenizer, options, progress)
     _check_vocabulary(corpus, vocab_size)
     return corpus
 
@@ -161,13 +163,25 @@ def _check_protocol(corpus: Corpus, protocol: Protocol, row_tokens: int | None) 
     )
 
 
+def _check_end(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """What is known before any text is read: the end token occurs in all of it."""
+    if tokenizer.end_id >= vocab_size:
+        why = f"id {tokenizer.end_id}, {tokenizer.end_token}, ends every document"
+        told = tokenizer.name, tokenizer.vocab_size
+        raise _too_many_ids(*told, vocab_size, why, tokenizer.vocab_size)
+
+
 def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
     """Ids that do not occur may exceed the model's: T5 has 32,100 and text uses 32,000."""
     largest, told = corpus.manifest["largest_id"], corpus.manifest["tokenizer"]
     if largest >= vocab_size:
-        raise DataError(
-            f"tokenizer {told['name']} has {told['vocab_size']} ids, the model has {vocab_size}",
-            f"id {largest} occurs in {corpus.folder}",
-            f"a --model with vocab_size {largest + 1} or more in its config.json,"
-            " or another --tokenizer",
-        )
+        why = f"id {largest} occurs in {corpus.folder}"
+        raise _too_many_ids(told["name"], told["vocab_size"], vocab_size, why, largest + 1)
+
+
+def _too_many_ids(name: str, ids: int, vocab_size: int, why: str, needed: int) -> DataError:
+    return DataError(
+        f"tokenizer {name} has {ids} ids, the model has {vocab_size}",
+        why,
+        f"a --model with vocab_size {needed} or more in its config.json, or another --tokenizer",
+    )

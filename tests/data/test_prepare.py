@@ -550,6 +550,24 @@ def test_only_ids_that_occur_must_fit_the_model(
     assert f"vocab_size {largest + 1} or more" in caught.value.fix
 
 
+def test_an_end_token_that_the_model_lacks_is_told_before_text_is_read(
+    c4: Path, tmp_path: Path, raw: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GPT-2's, which is the last of its ids."""
+    raw.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / "ends").mkdir()
+    raw.save(str(tmp_path / "ends" / "tokenizer.json"))
+    told = json.dumps({"eos_token": "<|endoftext|>"})
+    (tmp_path / "ends" / "tokenizer_config.json").write_text(told)
+    asked = config(c4, tokenizer=str(tmp_path / "ends"))
+    assert corpus_for(asked, 301).manifest["largest_id"] == 300
+    monkeypatch.setattr("lowmem.data.prepare.build_corpus", None)
+    with pytest.raises(DataError, match="has 301 ids, the model has 300") as caught:
+        corpus_for(asked, 300)
+    assert "id 300, <|endoftext|>, ends every document" in caught.value.why
+    assert "vocab_size 301 or more" in caught.value.fix
+
+
 def test_a_wrong_source_is_an_error(tokenizer_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing does not exist"):
         corpus_for(config(tmp_path / "missing", tokenizer=str(tokenizer_folder)), 300)
