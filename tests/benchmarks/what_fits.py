@@ -314,7 +314,8 @@ def plan_row(size: str, gpu: str, length: int, flags: tuple[str, ...]) -> tuple[
         plan = planned(words)
         if plan.fits:
             break
-    line, _, parts = told(size, gpu, length, plan.choice, plan.memory, plan.config.train.batch)
+    batch, usable = plan.config.train.batch, plan.card.usable_bytes
+    line, _, parts = told(size, gpu, length, plan.choice, plan.memory, batch, usable)
     if not plan.fits:
         return line, "", ""
     return line, shlex.join(["lowmem", "plan", *words]), parts
@@ -327,13 +328,15 @@ def told(
     made: Choice,
     memory: Memory,
     batch: str = f"{TRUE_BATCH}-tokens",
+    usable: int | None = None,
 ) -> tuple[str, str, str]:
     """(line of the table, a command with all settings, line of its parts)
 
-    batch: of the update; the last micro-batch may be a smaller one.
+    usable: bytes, if not those of the card with a desktop. batch: of the update; the last
+    micro-batch may be a smaller one.
     """
     case = f"| {size} | {gpu} | {length:,} |"
-    short = (memory.reserved - find_card(gpu, "cuda").usable_bytes) / MIB
+    short = (memory.reserved - (usable or find_card(gpu, "cuda").usable_bytes)) / MIB
     if short > 0:
         return f"{case} {made.method}: {short:,.0f} MiB short |" + " |" * 10, "", ""
     tokens = rows_of(batch, length) * length
