@@ -148,14 +148,30 @@ def test_contradictions_are_told(sections: dict[str, Any], message: str) -> None
         plan_of("llama-9m", "8GB", **sections)
 
 
+SIZES = ("5GiB", "6GiB", "8GiB", "12GiB")
+
+
 @pytest.mark.slow
 def test_more_memory_never_gives_a_smaller_rank() -> None:
+    """Of the same states and updates: left open, a smaller rank with finer states may be better."""
     ranks = []
-    for gpu in ("5GiB", "6GiB", "8GiB", "12GiB"):
-        plan = plan_of("llama-1b", gpu, optimizer={"method": "galore"})
+    for gpu in SIZES:
+        optimizer = {"method": "galore", "states": "8bit"}
+        plan = plan_of("llama-1b", gpu, optimizer=optimizer, train={"update": "fused+subspace"})
         ranks.append(plan.choice.rank if plan.fits else 0)
     assert ranks == sorted(ranks)
     assert ranks[-1] > ranks[0]
+
+
+@pytest.mark.slow
+def test_more_memory_never_gives_a_worse_quality() -> None:
+    nats = []
+    for gpu in SIZES:
+        plan = plan_of("llama-1b", gpu, optimizer={"method": "galore"})
+        assert plan.quality is not None
+        nats.append(plan.quality.nats)
+    assert nats == sorted(nats, reverse=True)
+    assert nats[-1] < nats[0]
 
 
 def test_what_the_allocator_takes_is_guessed_well() -> None:
