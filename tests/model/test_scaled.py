@@ -56,7 +56,8 @@ def test_loss_and_gradients_are_near_the_exact_ones(
 ) -> None:
     """A product is 1 % off in int8 and 4 % in fp8; two blocks add up a few of them."""
     (loss, wanted), (found, gradients) = made("exact", int8), made(matmul, int8)
-    torch.testing.assert_close(found, loss, rtol=1e-3, atol=0)
+    # A model that has learned nothing: its loss hardly hangs on its products, but it does.
+    assert 0 < (found - loss).abs() <= {"int8": 1e-5, "fp8": 2e-4}[matmul] * loss
     assert gradients.keys() == wanted.keys()
     matrices = [name for name in gradients if "proj.weight" in name]
     assert len(matrices) == 14
